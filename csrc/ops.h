@@ -1,0 +1,123 @@
+// THE contract: one Args struct per op, shared by every back end. Kernels know memory and numbers, not Python,
+// not torch; they allocate no outputs and keep no state. Optional tensors are "not given" (Tensor::given()).
+// Meaning is checked by the op cards in esokern/*.py; kernels check what they can serve (ESOKERN_CHECK).
+#pragma once
+
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace esokern {
+
+// visible(i, j) = k_rank[j] <= prefix_end[i] or window_start[i] <= k_rank[j] <= window_end[i]   (common/mask.h)
+struct AttentionArgs {
+  Tensor out;   // [batch, seqlen_q, heads, head_dim] or [total_q, heads, head_dim], dtype of q
+  Tensor lse;   // f32 [batch, heads, seqlen_q] or [heads, total_q], natural log; optional
+  Tensor q;     // [batch, seqlen_q, heads, head_dim] or [total_q, heads, head_dim]; last dim contiguous
+  Tensor k, v;  // [batch, seqlen_kv, kv_heads, head_dim] or [total_k, kv_heads, head_dim]
+  Tensor cu_seqlens_q;  // i32 [batch + 1]; both cu_seqlens given = packed layout
+  Tensor cu_seqlens_k;  // i32 [batch + 1]
+  Tensor
+      k_rank;  // i32 [batch, seqlen_kv] (batch stride may be 0) or [total_k]; not given = every key visible
+  Tensor prefix_end;    // i32 [batch, seqlen_q] or [total_q]; given with k_rank
+  Tensor window_start;  // i32 like prefix_end; optional, given together with window_end
+  Tensor window_end;
+  float softmax_scale = 1.0f;
+};
+
+// How the rows of one call see each other when no explicit ranks are given. Rows are appended in denoising order.
+enum class ChunkMask : int32_t {
+  causal = 0,         // row i sees every cached row and rows <= i of this call (Eso-LM sampling, AR)
+  independent = 1,    // clean rows as causal; a mask row sees the cache, the clean rows and itself
+  bidirectional = 2,  // every row sees the cache and all rows of this call (BD3-LM blocks, text-order caches)
+  explicit_rank =
+      3,  // prefix_end / window_* decide, against k_rank (or the slot number if k_rank is not given)
+};
+
+struct AttentionWithKvcacheArgs {
+  Tensor out;  // [batch, seqlen_q, heads, head_dim] or packed [total_q, heads, head_dim]
+  Tensor lse;  // f32 [batch, heads, seqlen_q] or [heads, total_q]; optional
+  Tensor q;    // like out; last dim contiguous
+  Tensor k_cache,
+      v_cache;  // [rows, max_seqlen, kv_heads, head_dim] or, paged, [pages, page_size, kv_heads, head_dim]; written
+  Tensor k, v;           // [batch, seqlen_q, kv_heads, head_dim] or packed; not given = nothing to append
+  Tensor cache_seqlens;  // i32 [batch]: rows committed before this call; advanced by num_clean if commit
+  Tensor positions;      // i32 [batch, seqlen_q] or [total_q]: place in the text, for rotary
+  Tensor rotary_cos;     // f32/bf16/f16 [max_position, rotary_dim / 2]; both or neither
+  Tensor rotary_sin;
+  Tensor num_clean;  // i32 [batch]: how many leading rows of the call are clean; not given = all
+  Tensor
+      slots;  // i32 [batch, seqlen_q] or [total_q]: cache row to write, -1 = none; not given = cache_seqlens + i
+  Tensor page_table;       // i32 [batch, max_pages]; given = paged cache
+  Tensor cache_batch_idx;  // i32 [batch]: which row of a contiguous cache; not given = the batch row
+  Tensor cu_seqlens_q;     // i32 [batch + 1]; given = packed layout
+  Tensor seqused_q;   // i32 [batch]: rows in use of a padded layout; the rest is neither read nor written
+  Tensor k_rank;      // i32 [batch, max_seqlen]; explicit_rank only
+  Tensor prefix_end;  // i32 like positions; explicit_rank only
+  Tensor window_start;
+  Tensor window_end;
+  int64_t chunk_mask = 0;
+  bool rotary_interleaved = false;
+  bool commit = false;
+  float softmax_scale = 1.0f;
+};
+
+// The order of filters only matters for top_k with top_p: top_k_first renormalises before top_p.
+enum class FilterOrder : int32_t { top_k_first = 0, joint = 1 };
+// Which distribution logprob, prob, margin, entropy and lse describe.
+enum class Statistics : int32_t { model = 0, sampling = 1 };
+
+struct UnmaskSampleArgs {
+  Tensor tokens;   // i64 [rows], in/out: only entries equal to mask_id change (all of them if mask_id < 0)
+  Tensor logprob;  // f32 [rows]; optional, like the next five
+  Tensor prob;
+  Tensor margin;       // p(best) - p(second)
+  Tensor entropy;      // nats
+  Tensor lse;          // natural log
+  Tensor score;        // logit + temperature * gumbel of the chosen id, for merging vocabulary shards
+  Tensor invalid;      // u8 [rows]: 1 = the row had a NaN, a +inf or nothing finite; its token did not change
+  Tensor hidden;       // [rows, hidden_size], or not given
+  Tensor weight;       // [vocab, hidden_size]
+  Tensor bias;         // [vocab]; optional
+  Tensor logits;       // [rows, vocab]; given instead of hidden and weight
+  Tensor temperature;  // f32 [rows]; 0 = greedy
+  Tensor top_k;        // i32 [rows]; <= 0 = off; optional
+  Tensor top_p;        // f32 [rows]; 1 = off; optional
+  Tensor min_p;        // f32 [rows]; 0 = off; optional
+  Tensor seed;         // i64 [rows]
+  Tensor positions;    // i64 [rows]
+  Tensor step;         // i64 [rows]
+  int64_t mask_id = -1;        // global id, never drawn; -1 = none
+  int64_t vocab_start = 0;     // global id of the first row of weight
+  float logit_softcap = 0.0f;  // 0 = off
+  int64_t filter_order = 0;
+  int64_t statistics = 0;
+};
+
+enum class Activation : int32_t { none = 0, gelu_tanh = 1 };
+
+// out = residual + activation(normalize(x) weight^T + bias), normalize(x) = (x - mean) / sqrt(var + eps)
+struct FusedLinearArgs {
+  Tensor out;                   // [rows, out_features]
+  Tensor x;                     // [rows, in_features]; last dim contiguous
+  Tensor weight;                // [out_features, in_features]
+  Tensor bias;                  // [out_features]; optional
+  Tensor residual;              // [rows, out_features]; optional, may be out
+  float normalize_eps = -1.0f;  // < 0 = no normalisation
+  int64_t activation = 0;
+};
+
+// The one list of ops: dispatch and bindings are generated from it.
+#define ESOKERN_OPS(X)                                \
+  X(attention, AttentionArgs)                         \
+  X(attention_with_kvcache, AttentionWithKvcacheArgs) \
+  X(unmask_sample, UnmaskSampleArgs)                  \
+  X(fused_linear, FusedLinearArgs)
+
+namespace cpu {
+#define ESOKERN_DECLARE(name, Args) void name(const Args& args);
+ESOKERN_OPS(ESOKERN_DECLARE)
+#undef ESOKERN_DECLARE
+}  // namespace cpu
+
+}  // namespace esokern
