@@ -1,0 +1,35 @@
+"""Compiled kernels for masked-diffusion language models.
+
+Ops: attention, attention_with_kvcache, unmask_sample, unmask_sample_from_logits, merge_vocab_shards, fused_linear.
+Around them: masks (rank-integer masks), KVCache, models (networks, checkpoints), samplers (Eso-LM, MDLM, BD3-LM, AR).
+"""
+
+import torch as _torch  # noqa: F401  (first: the kernels share its OpenMP runtime)
+
+from esokern import masks
+from esokern.attention import attention
+from esokern.attention_with_kvcache import attention_with_kvcache
+from esokern.backend import built_isas, get_isa, set_isa, supported_isas
+from esokern.fused_linear import fused_linear
+from esokern.kv_cache import KVCache
+from esokern.masks import RankMask
+from esokern.unmask_sample import UnmaskSample, merge_vocab_shards, unmask_sample, unmask_sample_from_logits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KVCache",
+    "RankMask",
+    "UnmaskSample",
+    "attention",
+    "attention_with_kvcache",
+    "built_isas",
+    "fused_linear",
+    "get_isa",
+    "masks",
+    "merge_vocab_shards",
+    "set_isa",
+    "supported_isas",
+    "unmask_sample",
+    "unmask_sample_from_logits",
+]

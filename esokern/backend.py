@@ -1,0 +1,109 @@
+"""Which back ends exist, which one a call gets, and how tensors reach the kernels. The only importer of `_cpu`.
+
+A back end is a namespace of functions with the op's name and the argument order of `csrc/ops.h`. Every kernel is also
+registered as a torch operator, `torch.ops.esokern.<name>`, that writes into the tensors it is given; the op cards call
+the kernel directly in eager mode (0.3 us) and the operator under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from esokern import _cpu
+except ImportError as error:  # pragma: no cover - a broken installation
+    raise ImportError(
+        "esokern's compiled module is missing. Install the package (`pip install .`), or in a source checkout run "
+        f"`make dev` and start Python with PYTHONPATH set to the checkout. ({error})"
+    ) from error
+
+BACKENDS = ("reference", "cpu")
+
+# Schemas in the argument order of csrc/ops.h; `!` marks what a kernel writes.
+_SCHEMAS = {
+    "attention": (
+        "(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "Tensor? k_rank, Tensor? prefix_end, Tensor? window_start, Tensor? window_end, float softmax_scale) -> ()"
+    ),
+    "attention_with_kvcache": (
+        "(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor? k, Tensor? v, "
+        "Tensor(e!) cache_seqlens, Tensor? positions, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? num_clean, "
+        "Tensor? slots, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cu_seqlens_q, Tensor? seqused_q, "
+        "Tensor? k_rank, Tensor? prefix_end, Tensor? window_start, Tensor? window_end, int chunk_mask, "
+        "bool rotary_interleaved, bool commit, float softmax_scale) -> ()"
+    ),
+    "unmask_sample": (
+        "(Tensor(a!) tokens, Tensor(b!)? logprob, Tensor(c!)? prob, Tensor(d!)? margin, Tensor(e!)? entropy, "
+        "Tensor(f!)? lse, Tensor(g!)? score, Tensor(h!) invalid, Tensor? hidden, Tensor? weight, Tensor? bias, "
+        "Tensor? logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor seed, "
+        "Tensor positions, Tensor step, int mask_id, int vocab_start, float logit_softcap, int filter_order, "
+        "int statistics) -> ()"
+    ),
+    "fused_linear": (
+        "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float normalize_eps, "
+        "int activation) -> ()"
+    ),
+}
+
+_library = torch.library.Library("esokern", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(_cpu, _name), "CPU")
+    torch.library.register_fake(f"esokern::{_name}", lambda *args: None, lib=_library)
+
+
+def select(backend: str | None, op: str, *tensors: torch.Tensor | None) -> str:
+    """The back end that serves this call: `backend`, or the compiled one of the tensors' device.
+
+    Raises ValueError for an unknown back end, for a device no compiled back end serves, and for inputs that require a
+    gradient where the compiled back end has none (the reference is differentiable).
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend: got {backend!r}, supported are {', '.join(BACKENDS)} or None")
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = {tensor.device for tensor in given}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, got {names}")
+    if backend == "reference":
+        return backend
+    device = given[0].device
+    if device.type != "cpu":
+        raise ValueError(
+            f"{op}: no compiled back end for device {device}; supported: cpu. "
+            'Move the tensors or pass backend="reference".'
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        raise ValueError(
+            f"{op}: an input requires grad, and the compiled kernel has no gradient. Call it under torch.no_grad() or "
+            'torch.inference_mode(), or pass backend="reference", which is differentiable.'
+        )
+    return "cpu"
+
+
+def run(op: str, *args: object) -> None:
+    """Run the compiled kernel `op`; `args` in the order of `csrc/ops.h`, outputs first."""
+    if torch.compiler.is_compiling():
+        getattr(torch.ops.esokern, op)(*args)
+    else:
+        getattr(_cpu, op)(*args)
+
+
+def built_isas() -> list[str]:
+    """Instruction sets the CPU kernels were compiled for, worst first."""
+    return _cpu.built_isas()
+
+
+def supported_isas() -> list[str]:
+    """Those of `built_isas()` that this CPU has."""
+    return _cpu.supported_isas()
+
+
+def get_isa() -> str:
+    """The instruction set in use."""
+    return _cpu.get_isa()
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on (for tests). ValueError if it was not built or the CPU lacks it."""
+    _cpu.set_isa(name)

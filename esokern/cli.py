@@ -1,0 +1,359 @@
+"""The `esokern` command: generate, train, bench, info, demo."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from esokern import __version__, demo, train
+from esokern import backend as backends
+from esokern.generate import GenerationResult, StepInfo
+from esokern.models import FoldedNetwork, Network, NetworkConfig, load_model, pretrained
+from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
+from esokern.text import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Exit status 0, 2 for a mistake in what was asked, 1 if something else failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:  # it has its own options
+            return train.main(arguments[1:])
+        options = _parser().parse_args(arguments)
+        if options.threads is not None:
+            if options.threads < 1:
+                raise ValueError(f"--threads: must be at least 1, got {options.threads}")
+            torch.set_num_threads(options.threads)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        if "--traceback" in arguments:
+            raise
+        print(f"esokern: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="esokern", description="Masked-diffusion language models with compiled kernels and an exact KV cache."
+    )
+    parser.add_argument("--version", action="version", version=f"esokern {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=int, metavar="N", help="threads of the kernels (default: one per core)")
+    common.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "--checkpoint", metavar="PATH", help="folder, .safetensors or .ckpt (default: the shipped model)"
+    )
+    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: the one beside the checkpoint)")
+    model.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    model.add_argument("--backend", choices=backends.BACKENDS, help="default: the compiled one")
+
+    command = commands.add_parser(
+        "generate",
+        parents=[common, model],
+        help="generate text",
+        description="Generate text: from a prompt, in a gap, or from nothing. The text goes to standard output, "
+        "figures to standard error.",
+    )
+    task = command.add_mutually_exclusive_group()
+    task.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with; - reads standard input")
+    task.add_argument("--infill", nargs=2, metavar=("PREFIX", "SUFFIX"), help="generate what stands between the two")
+    command.add_argument("--middle", type=int, default=64, metavar="N", help="tokens of --infill (default %(default)s)")
+    command.add_argument("--sampler", choices=SAMPLERS, default="esolm", help="default %(default)s")
+    command.add_argument(
+        "--length", type=int, metavar="N", help="tokens, prompt included (default: the network's length)"
+    )
+    command.add_argument(
+        "--alpha0",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="Eso-LM: share decoded by diffusion (default %(default)s)",
+    )
+    command.add_argument(
+        "--steps", type=_steps, default=64.0, metavar="T",
+        help="diffusion steps, for bd3lm per block; inf = one token a step (default 64)",
+    )  # fmt: skip
+    command.add_argument("--block-size", type=int, default=16, metavar="N", help="bd3lm: default %(default)s")
+    command.add_argument(
+        "--chunk-mask", choices=esolm.CHUNK_MASKS, default="causal", help="Eso-LM: default %(default)s"
+    )
+    command.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 = greedy (default %(default)s)")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--min-p", type=float, metavar="P")
+    command.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default %(default)s)")
+    command.add_argument("--no-cache", action="store_true", help="recompute everything in every step: the same text")
+    command.add_argument("--live", action="store_true", help="show the tokens while they appear")
+    command.set_defaults(run=_generate)
+
+    commands.add_parser(
+        "train", add_help=False, help="train a model (esokern train --help)", description="Train a model."
+    )
+
+    command = commands.add_parser(
+        "bench",
+        parents=[common, model],
+        help="compare the samplers on this machine",
+        description="Time every sampler on one network of random weights, or on --checkpoint. The op benches, with "
+        "records and baselines, are in the source checkout: make bench.",
+    )
+    command.add_argument("--length", type=int, default=256, metavar="N", help="tokens (default %(default)s)")
+    command.add_argument("--hidden-size", type=int, default=256, metavar="N", help="default %(default)s")
+    command.add_argument("--layers", type=int, default=6, metavar="N", help="default %(default)s")
+    command.add_argument("--heads", type=int, default=4, metavar="N", help="default %(default)s")
+    command.add_argument("--vocab", type=int, default=8193, metavar="N", help="default %(default)s")
+    command.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default %(default)s)")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser(
+        "info", parents=[common], help="versions, back ends, instruction sets, and what is missing"
+    )
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "demo", parents=[common], help="watch the shipped model write, then compare the samplers"
+    )
+    command.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help="to show each text (default %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=1, help="default %(default)s")
+    command.add_argument("--checkpoint", metavar="PATH", help="another model, its tokenizer.json beside it")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _steps(text: str) -> float:
+    return math.inf if text == "inf" else int(text)
+
+
+def _generate_esolm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
+    return esolm.generate(
+        network,
+        alpha_0=options.alpha0,
+        num_steps=options.steps,
+        chunk_mask=options.chunk_mask,
+        cached=not options.no_cache,
+        **common,
+    )
+
+
+def _generate_mdlm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
+    return mdlm.generate(network, num_steps=options.steps, **common)
+
+
+def _generate_bd3lm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
+    return bd3lm.generate(
+        network, num_steps=options.steps, block_size=options.block_size, cached=not options.no_cache, **common
+    )
+
+
+def _generate_ar(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
+    start = {} if tokenizer.eos_id is None else {"start_token": tokenizer.eos_id}
+    return autoregressive.generate(network, cached=not options.no_cache, **start, **common)
+
+
+SAMPLERS: dict[str, Callable[..., GenerationResult]] = {
+    "esolm": _generate_esolm,
+    "mdlm": _generate_mdlm,
+    "bd3lm": _generate_bd3lm,
+    "ar": _generate_ar,
+}
+
+
+def _generate(options: argparse.Namespace) -> int:
+    network, tokenizer = load_model(options.checkpoint, tokenizer=options.tokenizer, dtype=DTYPES[options.dtype])
+    tokens = _starting_tokens(options, network, tokenizer)
+    num_masked = int((tokens == tokenizer.mask_id).sum())
+    common = {
+        "tokens": tokens,
+        "batch": options.batch,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "seed": options.seed,
+        "backend": options.backend,
+    }
+    if options.live:
+        with demo.LiveText(tokenizer, tokens) as live:
+            result = SAMPLERS[options.sampler](options, network, tokenizer, callback=live, **common)
+    else:
+        with tqdm(
+            total=num_masked * options.batch, unit=" tokens", leave=False, disable=not sys.stderr.isatty()
+        ) as bar:
+
+            def progress(step: StepInfo) -> None:
+                bar.update(len(step.tokens))
+
+            result = SAMPLERS[options.sampler](options, network, tokenizer, callback=progress, **common)
+    shown = result.tokens[1:] if options.live else result.tokens
+    for index, row in enumerate(shown.tolist()):
+        if options.batch > 1:
+            print(f"--- {index + 1 + options.live} of {options.batch}, seed {options.seed + index + options.live}")
+        print(tokenizer.decode(row))
+    print(
+        f"{result.num_generated} tokens in {result.seconds:.2f} s ({result.tokens_per_second:.0f} tokens/s), "
+        f"{result.nfe} network evaluations, {result.forward_seconds:.2f} s in the network, "
+        f"{result.sampling_seconds:.2f} s in head and sampling",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _starting_tokens(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer) -> torch.Tensor:
+    """int64 [length]: the given tokens and the masks."""
+    limit = network.config.length
+    if options.infill is not None:
+        if options.middle < 1:
+            raise ValueError(f"--middle: must be at least 1, got {options.middle}")
+        if options.length is not None:
+            raise ValueError("--length: with --infill the length follows from the texts and --middle")
+        before, after = options.infill
+        prefix, suffix = tokenizer.encode_prompt(before), tokenizer.encode(after)
+        length = len(prefix) + options.middle + len(suffix)
+        if length > limit:
+            raise ValueError(
+                f"--infill: {len(prefix)} tokens of prefix, {options.middle} of middle and {len(suffix)} of suffix are "
+                f"more than the network's {limit}"
+            )
+        return torch.tensor(prefix + [tokenizer.mask_id] * options.middle + suffix)
+    prompt = tokenizer.encode_prompt(sys.stdin.read() if options.prompt == "-" else options.prompt)
+    length = limit if options.length is None else options.length
+    if not 1 <= length <= limit:
+        raise ValueError(f"--length: must lie in 1 .. {limit}, the network's length; got {length}")
+    if len(prompt) >= length:
+        raise ValueError(f"--prompt: its {len(prompt)} tokens leave no room in a length of {length}")
+    return torch.tensor(prompt + [tokenizer.mask_id] * (length - len(prompt)))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    dtype = DTYPES[options.dtype]
+    if options.checkpoint is not None:
+        network, _ = load_model(options.checkpoint, tokenizer=options.tokenizer, dtype=dtype)
+    else:
+        torch.manual_seed(0)
+        made = Network(
+            NetworkConfig(
+                vocab_size=options.vocab,
+                hidden_size=options.hidden_size,
+                n_blocks=options.layers,
+                n_heads=options.heads,
+                length=max(options.length, 1),
+            )
+        )
+        for parameter in made.parameters():  # nothing zero, as after training
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.03)
+        network = made.fold(dtype)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats: must be at least 1, got {options.repeats}")
+    config = network.config
+    print(
+        f"hidden {config.hidden_size}, {config.n_heads} heads, {config.n_blocks} layers, vocabulary "
+        f"{config.vocab_size}, {options.dtype}; {options.length} tokens, batch 1; {options.backend or 'cpu'}, "
+        f"{backends.get_isa()}, {torch.get_num_threads()} threads"
+    )
+    rows = demo.compare_samplers(
+        network, options.length, repeats=options.repeats, backend=options.backend, progress=sys.stderr.isatty()
+    )
+    for line in demo.comparison_table(rows):
+        print(line)
+    by_name = {row.name: row.result for row in rows}
+    print(demo.agreement([(by_name["Eso-LM, cached"], by_name["Eso-LM, recomputed"])]))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    network, tokenizer = load_model(options.checkpoint)
+    demo.run(network, tokenizer, seconds=options.seconds, seed=options.seed)
+    print(f"\n  {time.perf_counter() - start:.0f} s in all. Next: esokern generate --help")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    for name, value in _facts():
+        print(f"{name:18} {value}")
+    return 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    """What `esokern info` prints, line by line."""
+    yield "esokern", f"{__version__} in {Path(__file__).parent}"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in ("torch", "numpy", "safetensors", "tokenizers", "tqdm"):
+        yield package, importlib.metadata.version(package)
+    for package, use in (("pyyaml", "train --config"), ("matplotlib", "plots"), ("cupy", "CuPy arrays in ops")):
+        module = {"pyyaml": "yaml"}.get(package, package)
+        found = importlib.util.find_spec(module) is not None
+        yield package, _version(package) if found else f"missing, needed for {use} only"
+
+    built, supported = backends.built_isas(), backends.supported_isas()
+    yield "back ends", ", ".join(backends.BACKENDS)
+    yield "cpu kernels", f"built for {', '.join(built)}; in use: {backends.get_isa()}"
+    for isa in built:
+        if isa not in supported:
+            yield "", f"{isa}: this CPU does not have it"
+    if "cuda" not in backends.BACKENDS:
+        reason = "this version has no CUDA back end"
+        yield "cuda kernels", f"missing: {reason}" + ("; a GPU is present" if torch.cuda.is_available() else "")
+    yield (
+        "threads",
+        f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+        + (f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})" if "OMP_NUM_THREADS" in os.environ else ""),
+    )
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    yield "devices", ", ".join([_processor(), *devices])
+    yield "default model", _default_model()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _default_model() -> str:
+    file = pretrained.DEFAULT_MODEL / "config.json"
+    if not file.is_file():
+        return f"missing ({pretrained.DEFAULT_MODEL})"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    sizes = ", ".join(
+        f"{key} {config[key]}" for key in ("hidden_size", "n_blocks", "vocab_size", "length") if key in config
+    )
+    return f"{pretrained.DEFAULT_MODEL} ({sizes})"
