@@ -1,0 +1,165 @@
+"""NumPy (and CuPy) arrays through the ops: shared memory in, the same kind out."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from esokern.arrays import accept_arrays
+from esokern.fused_linear import fused_linear
+from esokern.unmask_sample import merge_vocab_shards, unmask_sample, unmask_sample_from_logits
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None
+
+
+@accept_arrays(writes=("cache",))
+def record(x, cache=None, *, out=None, option="a", many=()):
+    """Stands for an op: writes into cache, returns what it got and something new."""
+    assert all(isinstance(tensor, torch.Tensor) for tensor in (x, *many))
+    if cache is not None:
+        cache += 1
+    return Pair(cache if cache is not None else x, x * 2 if option == "a" else None)
+
+
+def test_shared_and_returned():
+    x, cache = np.arange(6.0, dtype=np.float32).reshape(2, 3), np.zeros(3, dtype=np.int32)
+    result = record(x, cache, many=[x, x[0]])
+    assert isinstance(result, Pair)
+    assert result.first is cache  # written in place and returned: the caller's own array
+    assert cache.tolist() == [1, 1, 1]
+    assert isinstance(result.second, np.ndarray)
+    assert result.second.dtype == np.float32
+    assert result.second.tolist() == (x * 2).tolist()
+    assert record(x, option="b").first is x
+
+
+def test_torch_is_untouched():
+    x = torch.ones(2)
+    assert record(x).first is x
+    assert record(torch.nn.Parameter(x)).second.requires_grad
+    assert record.__name__ == "record"
+    with torch.inference_mode():
+        assert record(x, many=(x,)).first is x
+
+
+def test_no_copies():
+    base = np.arange(24.0).reshape(4, 6)
+
+    @accept_arrays()
+    def address(x):
+        return x.data_ptr(), x.stride()
+
+    for view in (base, base[1:], base[:, ::2], base.T, base[0], np.broadcast_to(base[0], (5, 6))):
+        assert address(view) == (view.ctypes.data, tuple(stride // 8 for stride in view.strides))
+    read_only = base.view()
+    read_only.flags.writeable = False
+    if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        assert address(read_only)[0] == base.ctypes.data
+    for dtype in ("float32", "float16", "float64", "int32", "int64", "bool", "uint8"):
+        assert address(np.ones(3, dtype=dtype))[1] == (1,)
+
+
+def test_errors():
+    x, cache = np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.float32)
+    with pytest.raises(
+        TypeError, match=r"record: arguments must be arrays of one kind, got numpy \(x\), torch \(cache\)"
+    ):
+        record(x, torch.zeros(2))
+    with pytest.raises(TypeError, match=r"one kind, got torch \(x\), numpy \(many\)"):
+        record(torch.zeros(2), many=[x])
+    cache.flags.writeable = False
+    with pytest.raises(ValueError, match="record: cache: is written in place, but the array is read-only"):
+        record(x, cache)
+    with pytest.raises(ValueError, match=r"record: x: strides \(-4,\) bytes are negative"):
+        record(x[::-1])
+    with pytest.raises(ValueError, match=r"record: x: strides .* no multiple of the 4-byte element"):
+        record(np.zeros(3, dtype=[("a", "f4"), ("b", "i2")])["a"])
+    with pytest.raises(TypeError, match="record: x: got a NumPy array of uint16, supported are"):
+        record(np.ones(2, dtype=np.uint16))
+    with pytest.raises(TypeError, match="record: x: got a NumPy array of >f4, supported are native"):
+        record(np.ones(2, dtype=">f4"))
+    with pytest.raises(TypeError, match="record: x: got a NumPy array of object"):
+        record(np.array([None]))
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        record(cache=cache)
+    with pytest.raises(TypeError, match="writes: record has no argument caches"):
+        accept_arrays(writes=("caches",))(record)
+
+
+def test_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+    x = np.arange(4, dtype=ml_dtypes.bfloat16)
+    result = record(x).second
+    assert result.dtype == ml_dtypes.bfloat16
+    assert result.astype(np.float32).tolist() == [0, 2, 4, 6]
+
+
+def test_fused_linear(backend):
+    generator = np.random.default_rng(0)
+    x, weight = (generator.standard_normal(shape, dtype=np.float32) for shape in ((3, 8), (5, 8)))
+    bias, out = np.ones(5, dtype=np.float32), np.zeros((3, 5), dtype=np.float32)
+    result = fused_linear(x, weight, bias, normalize_eps=1e-5, activation="gelu_tanh", out=out, backend=backend)
+    assert result is out
+    expected = fused_linear(
+        *map(torch.from_numpy, (x, weight, bias)), normalize_eps=1e-5, activation="gelu_tanh", backend=backend
+    )
+    assert np.array_equal(out, expected.numpy())
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="fused_linear: out: is written in place"):
+        fused_linear(x, weight, out=out, backend=backend)
+    with pytest.raises(TypeError, match="fused_linear: arguments must be arrays of one kind"):
+        fused_linear(x, torch.from_numpy(weight), backend=backend)
+
+
+def test_unmask_sample(backend):
+    generator = np.random.default_rng(0)
+    hidden, weight = (generator.standard_normal(shape, dtype=np.float32) for shape in ((3, 8), (50, 8)))
+    options = {
+        "tokens": np.array([49, 3, 49]),
+        "mask_id": 49,
+        "temperature": np.array([0.0, 1.0, 0.5], dtype=np.float32),
+        "top_p": np.float32(0.9),  # NumPy's numbers are numbers
+        "seed": np.int64(4),
+        "positions": np.arange(3),
+        "return_lse": True,
+    }
+    drawn = unmask_sample(hidden, weight, **options, backend=backend)
+    tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    expected = unmask_sample(torch.from_numpy(hidden), torch.from_numpy(weight), **tensors, backend=backend)
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert isinstance(ours, np.ndarray)
+            assert np.array_equal(ours, theirs.numpy())
+    assert options["tokens"].tolist() == [49, 3, 49]
+    logits = hidden @ weight.T
+    options = {"positions": np.arange(3), "return_score": True, "return_lse": True, "backend": backend}
+    parts = [
+        unmask_sample_from_logits(logits[:, start : start + 25], vocab_start=start, **options) for start in (0, 25)
+    ]
+    merged = merge_vocab_shards(parts)
+    whole = unmask_sample_from_logits(logits, positions=np.arange(3), backend=backend)
+    assert isinstance(merged.tokens, np.ndarray)
+    assert np.array_equal(merged.tokens, whole.tokens)
+    np.testing.assert_allclose(merged.logprob, whole.logprob, rtol=1e-5)
+    assert math.isfinite(merged.lse.sum())
+
+
+def test_cupy():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no CUDA device for CuPy: {error}")
+    x = cupy.arange(6, dtype=cupy.float32)
+    result = record(x)
+    assert result.first is x
+    assert isinstance(result.second, cupy.ndarray)
+    assert result.second.tolist() == (x * 2).tolist()
+    drawn = unmask_sample_from_logits(cupy.zeros((2, 9)), temperature=0, backend="reference")
+    assert isinstance(drawn.tokens, cupy.ndarray)

@@ -1,0 +1,103 @@
+"""Corpus and tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from esokern import text
+
+SAMPLE = 'def f(x):\n    """Doc."""\n    if x:\n        return x\n\n\nclass A:\n    pass  # ünïcode ✓\n'
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> text.Tokenizer:
+    return text.train_tokenizer([SAMPLE * 50, Path(text.__file__).read_text()], 300)
+
+
+def test_standard_library_is_deterministic_and_split_by_path():
+    documents = text.standard_library()
+    paths = [d.path for d in documents]
+    assert paths == sorted(paths)
+    assert len(set(paths)) == len(paths) > 300
+    assert not any("test" in part for path in paths for part in path.split("/")[:-1] if part != "unittest")
+    held_out = [d for d in documents if d.held_out]
+    assert 0.02 < len(held_out) / len(documents) < 0.1
+    assert text.Document("functools.py", "").held_out == text.Document("functools.py", "other").held_out
+
+
+def test_standard_library_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no usable Python source"):
+        text.standard_library(tmp_path)
+    with pytest.raises(ValueError, match="no files ending in"):
+        text.folder_of_text(tmp_path)
+
+
+def test_encode_decode(tokenizer):
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.mask_id == 299
+    assert tokenizer.eos_id == 0
+    for sample in (SAMPLE, "", "\n\n\n        x", "tabs\tand  runs   of spaces ", "日本語 🙂"):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert len(tokenizer.encode("\n    ")) == 1  # a new line with its indent
+
+
+def test_prompts_leave_white_space_to_the_model(tokenizer):
+    assert tokenizer.encode_prompt("if x:\n    ") == tokenizer.encode("if x:")
+    assert tokenizer.decode(tokenizer.encode_prompt("\n")) == "\n"
+
+
+def test_user_text_cannot_make_special_tokens(tokenizer):
+    sample = f"a {text.MASK} b {text.EOS}{text.MASK}"
+    ids = tokenizer.encode(sample)
+    assert tokenizer.mask_id not in ids
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == sample
+
+
+def test_masks_show_as_symbols(tokenizer):
+    mask = tokenizer.mask_id
+    ids = [mask, *tokenizer.encode("if"), mask, mask, *tokenizer.encode(" x:"), 0]
+    assert tokenizer.decode(ids) == "░if░░ x:"
+    assert tokenizer.decode(np.array(ids), mask_symbol="_") == "_if__ x:"
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        again = text.Tokenizer.from_file(path)
+        assert again.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+        assert again.mask_id == tokenizer.mask_id
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer"):
+        text.Tokenizer.from_file(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        text.Tokenizer.from_file(tmp_path / "missing.json")
+
+
+def test_a_vocabulary_without_a_mask_gets_one():
+    raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign = text.Tokenizer(raw)
+    assert (foreign.mask_id, foreign.vocab_size, foreign.eos_id) == (3, 4, None)
+    assert foreign.decode([0, 3, 1]).replace(" ", "") == "a░b"
+    with pytest.raises(ValueError, match="separator"):
+        text.encode_corpus([], foreign)
+
+
+def test_bytes_are_counted(tokenizer):
+    documents = [text.Document("a", SAMPLE), text.Document("b", "✓ x")]
+    stream = text.encode_corpus(documents, tokenizer)
+    assert (stream == tokenizer.eos_id).sum() == 2
+    assert tokenizer.n_bytes()[stream].sum() == sum(len(d.text.encode()) for d in documents)
+
+
+def test_vocabulary_sizes_are_checked():
+    with pytest.raises(ValueError, match="at least 258"):
+        text.train_tokenizer([SAMPLE], 257)
+    with pytest.raises(ValueError, match="yields only"):
+        text.train_tokenizer(["ab"], 2000)
