@@ -142,12 +142,14 @@ def test_demo_with_another_checkpoint(capsys, monkeypatch, model):
     assert shown == [{"seconds": 0.0, "seed": 1}]
 
 
-def test_module_and_closed_pipe(model):
+def test_module_and_closed_pipe(model, tmp_path):
     """python -m esokern works, and a reader that stops early gets no traceback."""
     command = [sys.executable, "-m", "esokern", "generate", "--checkpoint", model, "--threads", "1"]
-    done = subprocess.run([*command, "--temperature", "0"], capture_output=True, text=True, check=True)
+    # Elsewhere than in the source tree, which `-m` would put first: the package under test is the installed one.
+    here = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    done = subprocess.run([*command, "--temperature", "0"], check=True, **here)
     assert "network evaluations" in done.stderr
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as early:
+    with subprocess.Popen(command, **here) as early:
         early.stdout.close()
         assert "Traceback" not in early.stderr.read()
     assert early.returncode == 1
