@@ -1,7 +1,8 @@
 // Attention of a block with few query rows: vectors run along head_dim.
 //
-// Work: for each tile of 64 keys the scores of all rows, their running softmax, then the values; bound by
-// memory. Memory: keys and values are read in place, once for all rows, fetched ahead; nothing is staged.
+// Work: for each tile of 64 keys the scores of all rows, two at a time, their running softmax, then the values;
+// bound by memory. Memory: keys and values are read in place; nothing is staged. While scores are computed the
+// tile's values are fetched, while values are added the next tile's keys: fetching never pauses.
 #pragma once
 
 #include "cpu/attention_block.h"
@@ -11,40 +12,87 @@ namespace {
 
 constexpr int kFewLanes = 6;  // up to here vectors along head_dim win
 constexpr int kFewTileKeys = 64;
-constexpr int kFetchAhead = 16;  // keys
 
+// Into the second cache: rows lie far apart and would evict each other from the few sets of the first.
 template <class T>
-ESOKERN_INLINE void fetch_row(const T* row, int head_dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(T)); byte += 64)
-    __builtin_prefetch(bytes + byte);
+ESOKERN_INLINE void fetch(const T* from, int count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(bytes + byte, 0, 2);
 }
 
-// out[r][d ..] += sum_j scores[r][j] v_j[d ..] over four vectors of columns, kRows rows at once.
+// scores[r][j .. j + kWidth) = q_r . k_j for kRows queries, kWidth / kRows keys at a time: a key is loaded once for all.
 template <int kRows, class T>
+ESOKERN_INLINE void score_few(const float (*q)[kMaxHeadDim], const T* const* rows,
+                              const float (*tails)[kWidth], int whole, bool tail, float scale,
+                              float (*scores)[kFewTileKeys], int at) {
+  constexpr int kKeys = kWidth / kRows;
+  for (int part = 0; part < kRows; ++part) {
+    const T* const* key = rows + part * kKeys;
+    Vec sums[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) sums[i] = Vec{};
+    for (int d = 0; d < whole; d += kWidth) {
+      Vec query[kRows];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) query[r] = load(q[r] + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec value = load(key[j] + d);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) sums[r * kKeys + j] = fma(query[r], value, sums[r * kKeys + j]);
+      }
+    }
+    if (tail)
+      for (int j = 0; j < kKeys; ++j)
+        for (int r = 0; r < kRows; ++r)
+          sums[r * kKeys + j] = fma(load(q[r] + whole), load(tails[part * kKeys + j]), sums[r * kKeys + j]);
+    alignas(64) float dots[kWidth];
+    store(dots, reduce_add_each(sums) * splat(scale));
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r)
+      __builtin_memcpy(scores[r] + at + part * kKeys, dots + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// out[r][d ..] += sum_j scores[r][j] v_j[d ..] for kRows rows and kColumns vectors of columns, which stay in
+// registers; on the way the same columns of the next tile's keys are fetched.
+template <int kRows, int kColumns, class T>
 ESOKERN_INLINE void add_values_few(float (*out)[kMaxHeadDim + kWidth], const float (*scores)[kFewTileKeys],
-                                   const Keys<T>& keys, int64_t begin, int valid, int d) {
-  Vec acc[kRows][4];
+                                   const Keys<T>& keys, int64_t begin, int valid, int d, int64_t fetch_end) {
+  Vec acc[kRows][kColumns];
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) acc[r][c] = load(out[r] + d + c * kWidth);
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = load(out[r] + d + c * kWidth);
   for (int j = 0; j < valid; ++j) {
     const T* row = keys.v_row(begin + j) + d;
-    Vec value[4];
+    const int64_t next = begin + kFewTileKeys + j;
+    if (next < fetch_end) fetch(keys.k_row(next) + d, kColumns * kWidth);
+    Vec value[kColumns];
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) value[c] = load(row + c * kWidth);
+    for (int c = 0; c < kColumns; ++c) value[c] = load(row + c * kWidth);
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = splat(scores[r][j]);
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
     }
   }
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) store(out[r] + d + c * kWidth, acc[r][c]);
+    for (int c = 0; c < kColumns; ++c) store(out[r] + d + c * kWidth, acc[r][c]);
+}
+
+template <int kColumns, class T>
+void add_values_few(float (*out)[kMaxHeadDim + kWidth], const float (*scores)[kFewTileKeys],
+                    const Keys<T>& keys, int64_t begin, int valid, int d, int64_t fetch_end, int lanes) {
+  int r = 0;
+  for (; r + 1 < lanes; r += 2)
+    add_values_few<2, kColumns>(out + r, scores + r, keys, begin, valid, d, r == 0 ? fetch_end : 0);
+  if (r < lanes)
+    add_values_few<1, kColumns>(out + r, scores + r, keys, begin, valid, d, r == 0 ? fetch_end : 0);
 }
 
 // The states of `lanes` rows are kept as plain rows here and put into the block at the end.
@@ -65,7 +113,7 @@ void attend_few(Block& block, const Keys<T>& keys, int64_t begin, int64_t end) {
   const bool tail = padded != head_dim;
   const int whole = tail ? padded - kWidth : padded;
   alignas(64) float tails[kWidth][kWidth] = {};
-  alignas(64) float tail_row[kMaxHeadDim + kWidth] = {};
+  alignas(64) float tail_row[kWidth] = {};
   for (int64_t j0 = begin; j0 < end; j0 += kFewTileKeys) {
     const int valid = static_cast<int>(end - j0 < kFewTileKeys ? end - j0 : kFewTileKeys);
     int32_t rank_min = INT32_MAX, rank_max = INT32_MIN;
@@ -85,23 +133,12 @@ void attend_few(Block& block, const Keys<T>& keys, int64_t begin, int64_t end) {
       for (int i = 0; i < kWidth; ++i) {
         const int64_t row = j0 + (j + i < valid ? j + i : valid - 1);
         rows[i] = keys.k_row(row);
-        fetch_row(keys.v_row(row), head_dim);
-        if (row + kFetchAhead < end) fetch_row(keys.k_row(row + kFetchAhead), head_dim);
+        fetch(keys.v_row(row), head_dim);
         for (int d = whole; d < head_dim; ++d) tails[i][d - whole] = to_float(rows[i][d]);
       }
-      for (int r = 0; r < lanes; ++r) {
-        Vec sums[kWidth];
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) sums[i] = Vec{};
-        for (int d = 0; d < whole; d += kWidth) {
-          const Vec query = load(q[r] + d);
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) sums[i] = fma(query, load(rows[i] + d), sums[i]);
-        }
-        if (tail)
-          for (int i = 0; i < kWidth; ++i) sums[i] = fma(load(q[r] + whole), load(tails[i]), sums[i]);
-        store(scores[r] + j, reduce_add_each(sums) * splat(block.scale));
-      }
+      int r = 0;
+      for (; r + 1 < lanes; r += 2) score_few<2>(q + r, rows, tails, whole, tail, block.scale, scores + r, j);
+      if (r < lanes) score_few<1>(q + r, rows, tails, whole, tail, block.scale, scores + r, j);
     }
     for (int r = 0; r < lanes; ++r) {
       for (int j = valid; j < kFewTileKeys; ++j) scores[r][j] = kNegInf;
@@ -125,30 +162,19 @@ void attend_few(Block& block, const Keys<T>& keys, int64_t begin, int64_t end) {
       row_max[r] = new_max;
       for (int d = 0; d < padded; d += kWidth) store(out[r] + d, load(out[r] + d) * splat(keep[0]));
     }
-    // Vectors of four columns at a time stay in registers over the tile's values.
-    for (int d = 0; d < padded; d += 4 * kWidth) {
-      const int columns = padded - d < 4 * kWidth ? (padded - d) / kWidth : 4;
-      for (int r = 0; r < lanes; ++r) {
-        const bool whole_columns = columns == 4 && !(tail && d + 4 * kWidth == padded);
-        if (whole_columns && r + 1 < lanes) {
-          add_values_few<2>(out + r, scores + r, keys, j0, valid, d);
-          ++r;
-        } else if (whole_columns) {
-          add_values_few<1>(out + r, scores + r, keys, j0, valid, d);
-        } else {
-          for (int j = 0; j < valid; ++j) {
-            const T* row = keys.v_row(j0 + j);
-            const Vec weight = splat(scores[r][j]);
-            for (int c = 0; c < columns; ++c) {
-              const int at = d + c * kWidth;
-              if (at + kWidth > head_dim)
-                for (int i = at; i < head_dim; ++i) tail_row[i] = to_float(row[i]);
-              const Vec value = at + kWidth > head_dim ? load(tail_row + at) : load(row + at);
-              store(out[r] + at, fma(weight, value, load(out[r] + at)));
-            }
-          }
-        }
-      }
+    for (int d = 0; d < whole;) {
+      const int columns = whole - d >= 4 * kWidth ? 4 : whole - d >= 2 * kWidth ? 2 : 1;
+      const auto add = columns == 4   ? &add_values_few<4, T>
+                       : columns == 2 ? &add_values_few<2, T>
+                                      : &add_values_few<1, T>;
+      add(out, scores, keys, j0, valid, d, end, lanes);
+      d += columns * kWidth;
+    }
+    for (int j = 0; tail && j < valid; ++j) {
+      const T* row = keys.v_row(j0 + j);
+      for (int d = whole; d < head_dim; ++d) tail_row[d - whole] = to_float(row[d]);
+      for (int r = 0; r < lanes; ++r)
+        store(out[r] + whole, fma(splat(scores[r][j]), load(tail_row), load(out[r] + whole)));
     }
   }
   for (int r = 0; r < lanes; ++r) {
