@@ -37,7 +37,7 @@ def fused_linear(
         normalize_eps: None = no normalisation.
         activation: None or "gelu_tanh".
         residual: [..., out_features], dtype of x; may be `out`.
-        out: [..., out_features], dtype of x; written and returned.
+        out: [..., out_features], dtype of x; written and returned; may not share memory with x.
         backend: None = the compiled one of x's device, "reference" = PyTorch (any device, float64 too, differentiable).
 
     Returns:

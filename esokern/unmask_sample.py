@@ -518,7 +518,7 @@ def _reference(
     temperature = temperature.to(compute)[:, None]
     relative = logits - logits.amax(1, keepdim=True)
     tempered = torch.where(noisy[:, None], relative / temperature, relative)
-    keep = _filter(tempered, top_k, top_p, min_p, top_k_first)
+    keep = _filter(logits, tempered, top_k, top_p, min_p, top_k_first)
 
     scores = logits
     if bool(noisy.any()):
@@ -559,17 +559,22 @@ def _reference(
 
 
 def _filter(
+    logits: torch.Tensor,
     tempered: torch.Tensor,
     top_k: torch.Tensor | None,
     top_p: torch.Tensor | None,
     min_p: torch.Tensor | None,
     top_k_first: bool,
 ) -> torch.Tensor:
-    """Which ids may be drawn, bool [rows, vocab]. tempered: logits over temperature, the largest 0 in every row."""
+    """Which ids may be drawn, bool [rows, vocab]. tempered: logits over temperature, the largest 0 in every row.
+
+    The order is that of the logits: dividing by the temperature may round different ones together.
+    """
     candidates = tempered > -torch.inf
     if top_k is None and top_p is None and min_p is None:
         return candidates
-    ordered, order = tempered.sort(dim=1, descending=True, stable=True)  # stable: equal logits by id
+    order = logits.sort(dim=1, descending=True, stable=True).indices  # stable: equal logits by id
+    ordered = tempered.gather(1, order)
     keep = ordered > -torch.inf
     if top_k is not None:
         limit = torch.where(top_k > 0, top_k, tempered.shape[1])

@@ -189,3 +189,14 @@ def test_gradients():
     torch.testing.assert_close(x.grad, expected)
     with torch.no_grad():
         fused_linear(x, weight, **options)
+
+
+def test_out_may_not_share_memory_with_x():
+    weight = torch.eye(8)
+    buffer = torch.randn(4, 16)
+    side_by_side = buffer[:, 8:]
+    expected = fused_linear(buffer[:, :8].clone(), weight)
+    assert torch.equal(fused_linear(buffer[:, :8], weight, out=side_by_side), expected)
+    for out in (buffer[:, :8], buffer[:, 4:12]):
+        with pytest.raises(ValueError, match="out shares memory with x"):
+            fused_linear(buffer[:, :8], weight, out=out)

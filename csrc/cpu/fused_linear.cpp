@@ -135,6 +135,20 @@ void check_rows(const Tensor& tensor, int64_t rows, int64_t columns) {
                 "fused_linear: last dimensions must be contiguous, stride", tensor.stride[1]);
 }
 
+// Do the rows of two matrices share memory? Columns side by side in one buffer do not.
+bool overlap(const Tensor& a, const Tensor& b, int64_t element_size) {
+  const auto bytes = [&](const Tensor& t) {
+    return ((t.shape[0] - 1) * t.stride[0] + t.shape[1]) * element_size;
+  };
+  const char* a_begin = static_cast<const char*>(a.data);
+  const char* b_begin = static_cast<const char*>(b.data);
+  if (a_begin + bytes(a) <= b_begin || b_begin + bytes(b) <= a_begin) return false;
+  const int64_t row = a.stride[0] * element_size;
+  if (a.stride[0] != b.stride[0] || row == 0) return true;
+  const int64_t offset = ((b_begin - a_begin) % row + row) % row;
+  return offset < a.shape[1] * element_size || offset + b.shape[1] * element_size > row;
+}
+
 }  // namespace
 
 void fused_linear(const FusedLinearArgs& args) {
@@ -147,7 +161,11 @@ void fused_linear(const FusedLinearArgs& args) {
                                        (args.bias.stride[0] == 1 || out_features == 1)),
                 "fused_linear: bias must be a contiguous [out_features]");
   if (rows == 0 || out_features == 0) return;
-  dispatch_dtype(args.x.dtype, [&](auto type) { launch<decltype(type)>(args); });
+  dispatch_dtype(args.x.dtype, [&](auto type) {
+    ESOKERN_CHECK(in_features == 0 || !overlap(args.x, args.out, sizeof(type)),
+                  "fused_linear: out shares memory with x, which is still read when out is written");
+    launch<decltype(type)>(args);
+  });
 }
 
 }  // namespace esokern::cpu::ESOKERN_ISA
