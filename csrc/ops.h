@@ -107,17 +107,42 @@ struct FusedLinearArgs {
   int64_t activation = 0;
 };
 
+// sum = residual + x, in float32 and rounded to the dtype; out = (sum - mean) / sqrt(var + eps) * weight + bias over the
+// last dimension, of the rounded sum. A token that is no row of the table: ValueError before anything is written, on the
+// GPU that row becomes NaN.
+struct AddNormArgs {
+  Tensor out;  // [rows, hidden]; may be x or residual itself
+  Tensor sum;  // [rows, hidden]; optional, may be x or residual itself
+  Tensor x;    // [rows, hidden]; with tokens a table [vocab, hidden], of which row tokens[r] stands for row r
+  Tensor tokens;    // i64 [rows]; optional
+  Tensor residual;  // [rows, hidden]; optional
+  Tensor weight;    // [hidden]; optional
+  Tensor bias;      // [hidden]; optional
+  float eps = 1e-5f;
+};
+
 // The one list of ops: dispatch and bindings are generated from it.
 #define ESOKERN_OPS(X)                                \
   X(attention, AttentionArgs)                         \
   X(attention_with_kvcache, AttentionWithKvcacheArgs) \
   X(unmask_sample, UnmaskSampleArgs)                  \
-  X(fused_linear, FusedLinearArgs)
+  X(fused_linear, FusedLinearArgs)                    \
+  X(add_norm, AddNormArgs)
 
 namespace cpu {
 #define ESOKERN_DECLARE(name, Args) void name(const Args& args);
 ESOKERN_OPS(ESOKERN_DECLARE)
 #undef ESOKERN_DECLARE
 }  // namespace cpu
+
+// On the GPU everything happens in the order of `stream` (a cudaStream_t of the current device) and nothing waits for
+// the host. The caller allocates the scratch that a call says it needs, in the order of the same stream.
+namespace cuda {
+#define ESOKERN_DECLARE(name, Args)                       \
+  int64_t name##_workspace(const Args& args); /* bytes */ \
+  void name(const Args& args, void* workspace, void* stream);
+ESOKERN_OPS(ESOKERN_DECLARE)
+#undef ESOKERN_DECLARE
+}  // namespace cuda
 
 }  // namespace esokern

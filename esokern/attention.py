@@ -54,7 +54,7 @@ def attention(
             total.
         return_lse: also return the log-sum-exp.
         out: tensor of q's shape, dtype and device to write into; it must not overlap the inputs.
-        backend: None (compiled, chosen by device), "cpu" or "reference" (plain torch, differentiable).
+        backend: None (compiled, chosen by device), "cpu", "cuda" or "reference" (plain torch, differentiable).
 
     NumPy and CuPy arrays are taken for tensors and given back; a mask's own tensors stay torch's.
 
@@ -111,10 +111,10 @@ def attention(
         lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     arguments = (out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *bounds, scale)
     if torch.compiler.is_compiling():
-        backends.run("attention", *arguments)
+        backends.run(chosen, "attention", *arguments)
     else:
         try:
-            backends.run("attention", *arguments)
+            backends.run(chosen, "attention", *arguments)
         except (ValueError, RuntimeError):
             # The kernel only says that it refuses; these name the argument and its value.
             check_contiguous("attention", q=q, k=k, v=v, out=out)

@@ -98,7 +98,7 @@ def attention_with_kvcache(
         softmax_scale: default 1 / sqrt(head_dim).
         return_lse: also return the log-sum-exp.
         out: tensor of q's shape, dtype and device to write into; it must not overlap the inputs.
-        backend: None (compiled, chosen by device), "cpu" or "reference" (plain torch).
+        backend: None (compiled, chosen by device), "cpu", "cuda" or "reference" (plain torch).
 
     NumPy and CuPy arrays are taken for tensors and given back; a mask's own tensors stay torch's.
 
@@ -194,10 +194,10 @@ def attention_with_kvcache(
         _check_values(*arguments)
         _reference(out, lse, *arguments, chunk_mask, rotary_interleaved, commit, scale)
     elif torch.compiler.is_compiling():
-        backends.run(_OP, out, lse, *arguments, chunk_mask, rotary_interleaved, commit, scale)
+        backends.run(chosen, _OP, out, lse, *arguments, chunk_mask, rotary_interleaved, commit, scale)
     else:
         try:
-            backends.run(_OP, out, lse, *arguments, chunk_mask, rotary_interleaved, commit, scale)
+            backends.run(chosen, _OP, out, lse, *arguments, chunk_mask, rotary_interleaved, commit, scale)
         except (ValueError, RuntimeError):
             # The kernel only says that it refuses; these name the argument and its value.
             backends.select(backend, _OP, out, *arguments)

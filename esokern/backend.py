@@ -1,4 +1,4 @@
-"""Which back ends exist, which one a call gets, and how tensors reach the kernels. The only importer of `_cpu`.
+"""Which back ends exist, which one a call gets, and how tensors reach the kernels. The only importer of `_cpu`, `_cuda`.
 
 A back end is a namespace of functions with the op's name and the argument order of `csrc/ops.h`. Every kernel is also
 registered as a torch operator, `torch.ops.esokern.<name>`, that writes into the tensors it is given; the op cards call
@@ -6,6 +6,10 @@ the kernel directly in eager mode (0.3 us) and the operator under `torch.compile
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
 
 import torch
 
@@ -17,7 +21,9 @@ except ImportError as error:  # pragma: no cover - a broken installation
         f"`make dev` and start Python with PYTHONPATH set to the checkout. ({error})"
     ) from error
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
+_DEVICE_TYPE = {"cpu": "cpu", "cuda": "cuda"}  # of the tensors that a compiled back end takes
+_modules: dict[str, ModuleType] = {"cpu": _cpu}  # those loaded
 
 # Schemas in the argument order of csrc/ops.h; `!` marks what a kernel writes.
 _SCHEMAS = {
@@ -43,12 +49,45 @@ _SCHEMAS = {
         "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float normalize_eps, "
         "int activation) -> ()"
     ),
+    "add_norm": (
+        "(Tensor(a!) out, Tensor(b!)? sum, Tensor x, Tensor? tokens, Tensor? residual, Tensor? weight, Tensor? bias, "
+        "float eps) -> ()"
+    ),
 }
+
+
+
+def _load_cuda() -> ModuleType:
+    """`esokern._cuda`, which is loaded when first needed. RuntimeError saying what is missing."""
+    module = _modules.get("cuda")
+    if module is None:
+        try:
+            module = importlib.import_module("esokern._cuda")
+        except ImportError as error:
+            raise RuntimeError(
+                "esokern was installed without its CUDA kernels: the build found no GPU or no nvcc. Install the CUDA "
+                f"toolkit and build again with ESOKERN_CUDA=ON set, e.g. `ESOKERN_CUDA=ON pip install .` ({error})"
+            ) from None
+        module.set_allocator(_allocate)
+        _modules["cuda"] = module
+    return module
+
+
+def _allocate(num_bytes: int, index: int) -> torch.Tensor:
+    """Scratch of a CUDA kernel, from torch's allocator on the current stream, so that a graph can capture the call."""
+    device = torch.device("cuda", index) if _DEVICE_TYPE["cuda"] == "cuda" else "cpu"
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def _run_on_cuda(op: str, *args: object) -> None:
+    getattr(_load_cuda(), op)(*args)
+
 
 _library = torch.library.Library("esokern", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(_cpu, _name), "CPU")
+    _library.impl(_name, functools.partial(_run_on_cuda, _name), "CUDA")
     torch.library.register_fake(f"esokern::{_name}", lambda *args: None, lib=_library)
 
 
@@ -68,25 +107,44 @@ def select(backend: str | None, op: str, *tensors: torch.Tensor | None) -> str:
     if backend == "reference":
         return backend
     device = given[0].device
-    if device.type != "cpu":
+    chosen = device.type if backend is None else backend
+    if _DEVICE_TYPE.get(chosen) != device.type:
+        supported = " and ".join(sorted(set(_DEVICE_TYPE.values()))) if backend is None else _DEVICE_TYPE[backend]
         raise ValueError(
-            f"{op}: no compiled back end for device {device}; supported: cpu. "
-            'Move the tensors or pass backend="reference".'
+            f"{op}: no compiled back end{'' if backend is None else f' {backend!r}'} for device {device}; supported: "
+            f'{supported}. Move the tensors or pass backend="reference".'
         )
+    if chosen == "cuda":
+        _load_cuda()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         raise ValueError(
             f"{op}: an input requires grad, and the compiled kernel has no gradient. Call it under torch.no_grad() or "
             'torch.inference_mode(), or pass backend="reference", which is differentiable.'
         )
-    return "cpu"
+    return chosen
 
 
-def run(op: str, *args: object) -> None:
-    """Run the compiled kernel `op`; `args` in the order of `csrc/ops.h`, outputs first."""
+def run(chosen: str, op: str, *args: object) -> None:
+    """Run the kernel `op` of the compiled back end `chosen`; `args` in the order of `csrc/ops.h`, outputs first."""
     if torch.compiler.is_compiling():
         getattr(torch.ops.esokern, op)(*args)
     else:
-        getattr(_cpu, op)(*args)
+        getattr(_modules[chosen], op)(*args)
+
+
+def cuda_architectures() -> str | None:
+    """GPU architectures the CUDA kernels were compiled for, such as "80-real, 90-real"; None if there are none."""
+    try:
+        return _load_cuda().architectures()
+    except RuntimeError:
+        return None
+
+
+def emulate_cuda(module: ModuleType) -> None:
+    """From now on backend="cuda" means `module`, which runs the CUDA kernels on CPU tensors (tests/emulator)."""
+    module.set_allocator(_allocate)
+    _modules["cuda"] = module
+    _DEVICE_TYPE["cuda"] = "cpu"
 
 
 def built_isas() -> list[str]:

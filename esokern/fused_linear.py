@@ -91,7 +91,7 @@ def fused_linear(
     if not flat:
         x, out = x.reshape(-1, in_features), _view_rows(out)
         residual = None if residual is None else residual.reshape(-1, out_features)
-    _backend.run("fused_linear", out, x, weight, bias, residual, float(normalize_eps), _ACTIVATIONS[activation])
+    _backend.run(chosen, "fused_linear", out, x, weight, bias, residual, float(normalize_eps), _ACTIVATIONS[activation])
     return result
 
 

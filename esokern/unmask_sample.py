@@ -395,7 +395,7 @@ def _sample(
         )
         # fmt: off
         _backend.run(
-            "unmask_sample", *result, hidden, weight, bias, logits, temperature_rows, top_k_rows, top_p_rows,
+            backend, "unmask_sample", *result, hidden, weight, bias, logits, temperature_rows, top_k_rows, top_p_rows,
             min_p_rows, seed_rows, positions, step_rows, kernel_mask_id, vocab_start, float(logit_softcap), order,
             statistics_code,
         )

@@ -45,7 +45,7 @@ struct ExchangeApi {
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out_stream);
 };
-enum : int32_t { kCpu = 1 };
+enum : int32_t { kCpu = 1, kCuda = 2 };
 enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 }  // namespace dl
 
@@ -84,32 +84,65 @@ inline DType dtype_from_dlpack(dl::DataType type) {
       "unsupported dtype: kernels take float32, float16, bfloat16, int32, int64, bool");
 }
 
-// None becomes a Tensor that is not given.
-inline Tensor to_tensor(pybind11::handle object) {
-  Tensor tensor;
-  if (object.is_none()) return tensor;
-  const dl::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
-  if (api == nullptr)
-    throw pybind11::type_error("expected a torch.Tensor (torch >= 2.10), got " +
-                               std::string(Py_TYPE(object.ptr())->tp_name));
-  dl::DLTensor view;
-  if (api->dltensor_from_py_object_no_sync(object.ptr(), &view) != 0) throw pybind11::error_already_set();
-  if (view.device.type != dl::kCpu) throw pybind11::value_error("the cpu back end takes CPU tensors");
-  if (view.ndim > Tensor::kMaxDims)
-    throw pybind11::value_error("a tensor has more dimensions than any kernel takes");
-  tensor.dtype = dtype_from_dlpack(view.dtype);
-  tensor.ndim = view.ndim;
-  int64_t elements = 1;
-  for (int i = 0; i < view.ndim; ++i) elements *= tensor.shape[i] = view.shape[i];
-  int64_t dense = 1;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    tensor.stride[i] = view.strides != nullptr ? view.strides[i] : dense;
-    dense *= tensor.shape[i];
+// Views of the tensors of one call, which must all lie on one device of the given type.
+class Tensors {
+ public:
+  explicit Tensors(int32_t device_type) : device_type_(device_type) {}
+
+  // None becomes a Tensor that is not given.
+  Tensor operator()(pybind11::handle object) {
+    Tensor tensor;
+    if (object.is_none()) return tensor;
+    const dl::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+    if (api == nullptr)
+      throw pybind11::type_error("expected a torch.Tensor (torch >= 2.10), got " +
+                                 std::string(Py_TYPE(object.ptr())->tp_name));
+    dl::DLTensor view;
+    if (api->dltensor_from_py_object_no_sync(object.ptr(), &view) != 0) throw pybind11::error_already_set();
+    check_device(view.device);
+    api_ = api;
+    if (view.ndim > Tensor::kMaxDims)
+      throw pybind11::value_error("a tensor has more dimensions than any kernel takes");
+    tensor.dtype = dtype_from_dlpack(view.dtype);
+    tensor.ndim = view.ndim;
+    int64_t elements = 1;
+    for (int i = 0; i < view.ndim; ++i) elements *= tensor.shape[i] = view.shape[i];
+    int64_t dense = 1;
+    for (int i = view.ndim - 1; i >= 0; --i) {
+      tensor.stride[i] = view.strides != nullptr ? view.strides[i] : dense;
+      dense *= tensor.shape[i];
+    }
+    tensor.data = static_cast<char*>(view.data) + view.byte_offset;
+    if (view.data == nullptr && elements > 0)
+      throw pybind11::value_error("a tensor without memory (fake or meta) reached a kernel");
+    return tensor;
   }
-  tensor.data = static_cast<char*>(view.data) + view.byte_offset;
-  if (view.data == nullptr && elements > 0)
-    throw pybind11::value_error("a tensor without memory (fake or meta) reached a kernel");
-  return tensor;
-}
+
+  int32_t device_type() const { return device_type_; }
+  int32_t device() const { return device_; }
+
+  // The stream on which the framework of the tensors works at present.
+  void* stream() const {
+    void* stream = nullptr;
+    if (device_type_ == dl::kCpu || api_ == nullptr) return stream;
+    if (api_->current_work_stream == nullptr ||
+        api_->current_work_stream(device_type_, device_, &stream) != 0)
+      throw pybind11::error_already_set();
+    return stream;
+  }
+
+ private:
+  void check_device(dl::Device device) {
+    if (device.type != device_type_)
+      throw pybind11::value_error(device_type_ == dl::kCpu ? "the cpu back end takes CPU tensors"
+                                                           : "the cuda back end takes CUDA tensors");
+    if (api_ != nullptr && device.id != device_)
+      throw pybind11::value_error("all tensors of a call must be on one device");
+    device_ = device.id;
+  }
+
+  int32_t device_type_, device_ = 0;
+  const dl::ExchangeApi* api_ = nullptr;  // of any tensor of the call
+};
 
 }  // namespace esokern::python

@@ -1,5 +1,11 @@
-"""Fixtures of all tests: every back end and instruction set, one seed per test, no state left behind."""
+"""Fixtures of all tests: every back end and instruction set, one seed per test, no state left behind.
 
+The CUDA kernels run in every test of an op: on the host under the emulator ("cuda-emulated", tests/emulator), where
+`make emulator` has built it, and on a GPU ("cuda") where there is one.
+"""
+
+import importlib.machinery
+import importlib.util
 import os
 
 # Before torch: waiting threads sleep. Where other work shares the CPUs, spinning makes these small calls 10x slower.
@@ -44,14 +50,42 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in backends.supported_isas())])
+def _emulated_module(name: str = os.environ.get("ESOKERN_EMULATED", "_cuda_emulated")):
+    """The CUDA kernels built for the host, or None. Other builds of them: ESOKERN_EMULATED=_cuda_emulated_race, ..."""
+    folder = os.environ.get("ESOKERN_EMULATOR_DIR", pathlib.Path(__file__).parent.parent / "build" / "emulator")
+    found = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+    if found is None:
+        return None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+GPU = torch.cuda.is_available() and backends.cuda_architectures() is not None
+EMULATED = None if GPU else _emulated_module()
+if EMULATED is not None:
+    backends.emulate_cuda(EMULATED)
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        *(f"cpu-{isa}" for isa in backends.supported_isas()),
+        *(["cuda-emulated"] if EMULATED is not None else []),
+        *(["cuda"] if GPU else []),
+    ]
+)
 def backend(request: pytest.FixtureRequest):
-    """Each back end by the name that ops take; the compiled CPU one once per instruction set."""
+    """Each back end by the name that ops take; the compiled CPU one once per instruction set.
+
+    For "cuda" all tensors that a test makes without naming a device are on the GPU.
+    """
     name, _, isa = request.param.partition("-")
     before = backends.get_isa()
-    if isa:
+    if name == "cpu":
         backends.set_isa(isa)
-    yield name
+    with torch.device("cuda" if request.param == "cuda" else "cpu"):
+        yield name
     backends.set_isa(before)
 
 

@@ -432,7 +432,7 @@ def packed_call(cu_q, cu_k):
             ValueError,
             r"out: must have q's shape \[2, 3, 2, 16\], got \[1, 3, 2, 16\]",
         ),
-        (lambda: attention(Q, K, V, backend="cuda"), ValueError, "attention: backend: got 'cuda', supported are"),
+        (lambda: attention(Q, K, V, backend="tpu"), ValueError, "attention: backend: got 'tpu', supported are"),
         (lambda: attention(Q, K.to("meta"), V), ValueError, "attention: all tensors must be on one device"),
         (lambda: attention(*(x.to("meta") for x in (Q, K, V))), ValueError, "no compiled back end for device meta"),
         (lambda: attention(Q[0], K[0], V[0], cu_seqlens_q=CU), ValueError, "go together; cu_seqlens_k is missing"),

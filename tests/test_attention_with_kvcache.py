@@ -782,7 +782,7 @@ RANKS = RankMask(torch.zeros(1, 7, dtype=torch.int32), torch.zeros(1, 3, dtype=t
         (ValueError, "softmax_scale: must be finite, got inf", {"softmax_scale": math.inf}),
         (ValueError, r"out: must have q's shape \[2, 3, 4, 16\], got \[2, 3, 4, 8\]", {"out": torch.empty(2, 3, 4, 8)}),
         (ValueError, "k: requires grad, and this op has no gradient", {"change": {"k": torch.Tensor.requires_grad_}}),
-        (ValueError, "backend: got 'cuda', supported are", {"backend": "cuda"}),
+        (ValueError, "backend: got 'tpu', supported are", {"backend": "tpu"}),
         (ValueError, "all tensors must be on one device, got cpu, meta", {"change": {"k": lambda k: k.to("meta")}}),
     ],
 )  # fmt: skip

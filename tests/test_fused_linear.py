@@ -169,7 +169,7 @@ ERRORS = [
     ),
     ({"activation": "gelu"}, ValueError, "activation: got 'gelu', supported are None and"),
     ({"normalize_eps": -1.0}, ValueError, r"normalize_eps: must be finite and >= 0, or None, got -1\.0"),
-    ({"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
+    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
 ]
 
 

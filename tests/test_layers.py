@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import modules of a lower number, and its own package.
 LAYER = {
     "_cpu": 0,
+    "_cuda": 0,
     "backend": 1,
     "masks": 1,
     "philox": 1,
@@ -87,10 +88,21 @@ def test_cpu_kernels(path):
         assert "immintrin.h" not in _includes(path), f"{path}: intrinsics belong in simd.h"
 
 
+@pytest.mark.parametrize("path", _sources("csrc/cuda"), ids=lambda p: p.name)
+def test_cuda_kernels(path):
+    for include in _includes(path):
+        assert not include.startswith(("cpu/", "../")), f"{path}: includes {include}"
+        assert not include.startswith("cuda_") or path.name in ("ptx.cuh", "runtime.cu"), f"{path}: includes {include}"
+    if path.name != "ptx.cuh":  # what else the hardware is asked for could not run under the emulator
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(r"\basm\b|<<<|__shared__|__sync|__shfl|__CUDA_ARCH__", code), path
+
+
 def test_bindings_see_the_contract_only():
     for path in _sources("python"):
         for include in _includes(path):
-            allowed = include.startswith("pybind11/") or "/" not in include or include == "cpu/dispatch.h"
+            allowed = include.startswith("pybind11/") or "/" not in include
+            allowed = allowed or include in ("cpu/dispatch.h", "cuda/runtime.h")
             assert allowed, f"{path}: includes {include}"
 
 
@@ -106,4 +118,5 @@ def test_python_arrows(path):
         if imported not in LAYER or imported == module:  # a name such as __version__
             continue
         assert LAYER[imported] < LAYER[module], f"{path.name} ({module}) imports {imported}: the arrow points up"
-    assert module == "backend" or "_cpu" not in _imported_modules(path), "only backend.py imports the compiled module"
+    compiled = {"_cpu", "_cuda"} & _imported_modules(path)
+    assert module == "backend" or not compiled, "only backend.py imports the compiled modules"
