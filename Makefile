@@ -1,5 +1,6 @@
 # Two commands: `make demo` runs the main job, `make test` the tests. Both set up all they need in .venv.
-# Settings: PYTHON (interpreter), TORCH (what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url URL").
+# Settings: PYTHON (interpreter), TORCH (what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url URL"),
+# ESOKERN_CUDA (AUTO = the GPUs of this machine, if any; ON = all architectures; OFF), ESOKERN_CUDA_ARCHITECTURES.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -8,13 +9,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := CMakeLists.txt pyproject.toml README.md \
   $(shell find csrc python esokern -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: demo test bench lint format dev clean
+EMULATOR_SOURCES := $(shell find tests/emulator csrc python -type f)
+
+.PHONY: demo test bench emulator lint format dev clean
 
 demo: $(VENV)/.built
 	@cd / && $(CURDIR)/$(BIN)/esokern demo
 
-test: $(VENV)/.built $(VENV)/.test-deps
+test: $(VENV)/.built $(VENV)/.test-deps $(VENV)/.emulator
 	$(BIN)/pytest -q
+
+# The CUDA kernels for the host, which the tests run: needs neither a GPU nor the CUDA toolkit.
+emulator: $(VENV)/.emulator
 
 bench: $(VENV)/.built $(VENV)/.test-deps
 	$(BIN)/pytest bench --record
@@ -40,6 +46,15 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 
 $(VENV)/.test-deps: $(VENV)/.deps
 	@$(PIP) install pytest pytest-benchmark scipy pyyaml matplotlib
+	@$(PIP) install --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86
+	@touch $@
+
+$(VENV)/.emulator: $(VENV)/.deps $(EMULATOR_SOURCES)
+	@echo "building the CUDA kernels for the host"
+	@$(BIN)/cmake -S tests/emulator -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  --log-level=WARNING
+	@$(BIN)/cmake --build build/emulator
 	@touch $@
 
 $(VENV)/.dev-deps: $(VENV)/.deps
@@ -59,9 +74,11 @@ format: $(VENV)/.dev-deps
 # In-place build for development: the module lands in esokern/, run with PYTHONPATH=. and rebuild with `make dev`.
 dev:
 	@cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
-	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) -DESOKERN_WERROR=ON --log-level=WARNING
+	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) -DESOKERN_WERROR=ON --log-level=WARNING \
+	  $(if $(ESOKERN_CUDA),-DESOKERN_CUDA=$(ESOKERN_CUDA)) \
+	  $(if $(ESOKERN_CUDA_ARCHITECTURES),"-DESOKERN_CUDA_ARCHITECTURES=$(ESOKERN_CUDA_ARCHITECTURES)")
 	@cmake --build build/dev
-	@cp build/dev/_cpu*.so esokern/
+	@cp build/dev/_c*.so esokern/
 
 clean:
 	rm -rf build $(VENV) esokern/*.so

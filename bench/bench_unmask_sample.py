@@ -6,24 +6,10 @@ import pytest
 import torch
 
 import esokern
+from eager import gumbel_max, nucleus
 from harness import Cost
 
 HIDDEN, VOCAB = 768, 50258
-
-
-def gumbel_max(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    logits = logits.to(dtype)
-    logits[:, -1] = -1e6
-    tiny = 1e-10
-    noise = torch.rand(logits.shape, dtype=dtype)
-    return (logits - (tiny - (noise + tiny).log()).log()).argmax(-1)
-
-
-def nucleus_then_gumbel_max(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    ordered, index = logits.double().softmax(-1).sort(descending=True)
-    kept = ordered.cumsum(-1) - ordered < top_p
-    keep = torch.zeros_like(kept).scatter(-1, index, kept)
-    return gumbel_max(logits.double().masked_fill(~keep, -1e6), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -57,7 +43,7 @@ def test_unmask_sample(compare, rows, top_p, dtype):
         candidates["matmul + f64 gumbel"] = lambda: gumbel_max(hidden @ weight.T, torch.float64)
         candidates["matmul + f32 gumbel"] = lambda: gumbel_max(hidden @ weight.T, torch.float32)
     else:
-        candidates["matmul + f64 sort"] = lambda: nucleus_then_gumbel_max(hidden @ weight.T, top_p)
+        candidates["matmul + f64 sort"] = lambda: gumbel_max(nucleus(hidden @ weight.T, top_p), torch.float64)
     cost = Cost(bytes=weight.numel() * weight.element_size(), flops=2 * rows * HIDDEN * VOCAB)
     case = f"rows {rows} D768 V50258" + ("" if top_p is None else f" top_p {top_p}")
     compare("unmask_sample", case, dtype, candidates, cost, seconds=2.0, max_rounds=40)

@@ -1,12 +1,14 @@
 """Compiled kernels for masked-diffusion language models.
 
-Ops: attention, attention_with_kvcache, unmask_sample, unmask_sample_from_logits, merge_vocab_shards, fused_linear.
+Ops: attention, attention_with_kvcache, unmask_sample, unmask_sample_from_logits, merge_vocab_shards, fused_linear,
+add_norm.
 Around them: masks (rank-integer masks), KVCache, models (networks, checkpoints), samplers (Eso-LM, MDLM, BD3-LM, AR).
 """
 
 import torch as _torch  # noqa: F401  (first: the kernels share its OpenMP runtime)
 
 from esokern import masks
+from esokern.add_norm import add_norm
 from esokern.attention import attention
 from esokern.attention_with_kvcache import attention_with_kvcache
 from esokern.backend import built_isas, get_isa, set_isa, supported_isas
@@ -21,6 +23,7 @@ __all__ = [
     "KVCache",
     "RankMask",
     "UnmaskSample",
+    "add_norm",
     "attention",
     "attention_with_kvcache",
     "built_isas",

@@ -55,7 +55,10 @@ def test_options(backend, options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"),
-    [(1, 1, 1), (1, 256, 768), (2, 7, 31), (3, 129, 16), (8, 64, 65), (16, 33, 257), (17, 512, 48), (130, 40, 34)],
+    [
+        (1, 1, 1), (1, 256, 768), (2, 7, 31), (3, 129, 16), (8, 64, 65), (16, 33, 257), (17, 512, 48), (20, 64, 136),
+        (130, 40, 34), (150, 72, 264),
+    ],  # fmt: skip
 )
 def test_shapes(backend, rows, in_features, out_features, dtype):
     check(*inputs(rows, in_features, out_features, dtype, **OPTIONS["all"]), backend)
@@ -90,15 +93,16 @@ def test_not_finite_stays_in_its_row(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-def test_row_alone_is_row_in_batch(backend, dtype):
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(35, 129, 70), (140, 136, 72)])
+def test_row_alone_is_row_in_batch(backend, rows, in_features, out_features, dtype):
     if backend == "reference":
         pytest.skip("a promise of the compiled back ends")
-    x, weight, options = inputs(35, 129, 70, dtype, **OPTIONS["all"])
+    x, weight, options = inputs(rows, in_features, out_features, dtype, **OPTIONS["all"])
     residual = options.pop("residual")
     torch.set_num_threads(1)
     whole = fused_linear(x, weight, **options, residual=residual, backend=backend)
     torch.set_num_threads(2)
-    for start, stop in [(0, 35), (0, 1), (7, 8), (34, 35), (0, 2), (3, 19), (1, 35)]:
+    for start, stop in [(0, rows), (0, 1), (7, 8), (rows - 1, rows), (0, 2), (3, 19), (1, 35), (1, rows)]:
         part = fused_linear(x[start:stop], weight, **options, residual=residual[start:stop], backend=backend)
         assert same_bits(part, whole[start:stop])
 

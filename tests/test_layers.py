@@ -21,6 +21,7 @@ LAYER = {
     "attention": 2,
     "unmask_sample": 2,
     "fused_linear": 2,
+    "add_norm": 2,
     "attention_with_kvcache": 3,  # attention plus a cache: its checks and reference are attention's
     "kv_cache": 3,
     "text": 4,

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from esokern import masks
 from esokern.kv_cache import KVCache
+from esokern.models import network as network_module
 from esokern.models.network import FoldedNetwork, Network, NetworkConfig
+from esokern.testing import assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"
 SIZES = json.loads((GOLDENS / "tiny.json").read_text())
@@ -140,6 +142,46 @@ def test_half_precision_stays_near_float32(backend):
         assert (logits - gold).abs().max() <= 2 * (plain.float() - gold).abs().max() + 1e-4
         assert folded.to(torch.float32).dtype == torch.float32
         assert tiny().to(dtype).rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("linear", ["fused", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_linear_layers_fused_and_by_torch(dtype, linear, backend):
+    """Both are within twice the error of torch's layers; with and without a cache, packed too."""
+    network = tiny()
+    tokens, positions = CASES["x0"], torch.arange(24)
+    cu_seqlens = torch.tensor([0, 24, 48, 72], dtype=torch.int32)
+
+    def hidden(dtype, linear, backend):
+        folded = network.fold(dtype)
+        folded.linear = linear
+        yield folded(tokens, positions, mask=masks.causal(24), backend=backend)
+        yield folded(tokens, positions, cache=cache_for(folded, 3, 24), backend=backend)
+        cache = cache_for(folded, 3, 24)
+        yield folded(tokens.flatten(), positions.repeat(3), cache=cache, cu_seqlens_q=cu_seqlens, backend=backend)
+
+    gold, plain = hidden(torch.float64, "fused", "reference"), hidden(dtype, "torch", "reference")
+    for ours, exact, by_torch in zip(hidden(dtype, linear, backend), gold, plain, strict=True):
+        assert_close(ours, exact, by_torch)
+
+
+def test_which_linear_layers_run(monkeypatch):
+    folded = tiny().fold()
+    assert folded.linear == "auto"
+    folded.linear = "torch"
+    assert folded.to(torch.bfloat16).linear == "torch"
+    with pytest.raises(ValueError, match="linear is 'fast'; it may be 'auto', 'fused', 'torch'"):
+        folded.linear = "fast"
+    many = network_module.FUSED_ROWS + 1
+    assert folded._layers_by_torch(1, None)
+    folded.linear = "auto"
+    assert not folded._layers_by_torch(many, None)
+    monkeypatch.setattr(FoldedNetwork, "device", torch.device("cuda"))
+    assert folded._layers_by_torch(many, None)
+    assert not folded._layers_by_torch(many - 1, None)
+    assert not folded._layers_by_torch(many, "reference")
+    folded.linear = "fused"
+    assert not folded._layers_by_torch(many, None)
 
 
 def test_rotary_tables_grow(backend):

@@ -134,4 +134,22 @@ ESOKERN_HD Gumbel4<N> gumbel4(typename N::Uint id_block, typename N::Uint positi
   return gumbel4<N>(x, id_block, position, step, key0, key1);
 }
 
+// --- what need not be looked at. Noise is below -log U, for U < -log(1 - U).
+
+// An id with a logit of at most `top` can only reach a score of `floor` if its U is below e^word_exponent; rounded
+// generously to the safe side, at most 0.
+ESOKERN_HD float word_exponent(float top, float floor, float temperature) {
+  const float magnitude = (top < 0.0f ? -top : top) + (floor < 0.0f ? -floor : floor) + 64.0f * temperature;
+  const float exponent = (top - floor + 1e-6f * magnitude) / temperature;
+  return exponent < -47.0f ? -47.0f : exponent < 0.0f ? exponent : 0.0f;
+}
+
+// Hence ids whose Philox word is above the result cannot. power: e^exponent. 0 = none can: the largest noise is 45.05.
+ESOKERN_HD uint32_t word_limit(float exponent, float power) {
+  if (exponent >= -1e-3f) return UINT32_MAX;
+  if (exponent < -46.0f) return 0;
+  const float limit = power * 4.2992e9f;
+  return limit < 65536.0f ? 65536u : limit < 4.29e9f ? static_cast<uint32_t>(limit) : UINT32_MAX;
+}
+
 }  // namespace esokern

@@ -4,12 +4,13 @@
 // Memory: hidden floats per thread; x and residual are read once.
 // Limits: f32, bf16, f16 storage, arithmetic in float; last dimensions contiguous; out and sum may be x or residual
 //   themselves, element for element, and share memory with nothing else.
+#include <string.h>
+
+#include "check_rows.h"
 #include "cpu/dispatch_dtype.h"
 #include "cpu/normalize_row.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "ops.h"
-#include "overlap.h"
 
 namespace esokern::cpu::ESOKERN_ISA {
 namespace {
@@ -55,59 +56,20 @@ void launch(const AddNormArgs& args, int64_t rows, int64_t hidden) {
   });
 }
 
-void check_matrix(const Tensor& tensor, int64_t rows, int64_t hidden) {
-  if (!tensor.given()) return;
-  ESOKERN_CHECK(tensor.ndim == 2 && tensor.shape[0] == rows && tensor.shape[1] == hidden,
-                "add_norm: out, sum, x and residual are [rows, hidden]; with tokens x is [vocab, hidden]");
-  ESOKERN_CHECK(tensor.stride[1] == 1 || hidden <= 1, "add_norm: last dimensions must be contiguous, stride",
-                tensor.stride[1]);
-}
-
-void check_vector(const Tensor& tensor, int64_t hidden) {
-  ESOKERN_CHECK(!tensor.given() || (tensor.ndim == 1 && tensor.shape[0] == hidden &&
-                                    (tensor.stride[0] == 1 || hidden <= 1)),
-                "add_norm: weight and bias must be contiguous [hidden]");
-}
-
-// An output may be an input itself, never a part of one.
-void check_memory(const Tensor& out, const Tensor& in, bool gathered, int64_t element_size) {
-  if (!out.given() || !in.given()) return;
-  const bool same = !gathered && out.data == in.data && out.stride[0] == in.stride[0];
-  ESOKERN_CHECK(same || !overlap(out, in, element_size),
-                "add_norm: out or sum shares memory with x or residual without being it");
-}
-
 }  // namespace
 
 void add_norm(const AddNormArgs& args) {
+  check_args(args);
   const int64_t rows = args.out.shape[0], hidden = args.out.shape[1];
-  const bool gathered = args.tokens.given();
-  check_matrix(args.out, rows, hidden);
-  check_matrix(args.sum, rows, hidden);
-  check_matrix(args.x, gathered ? args.x.shape[0] : rows, hidden);
-  check_matrix(args.residual, rows, hidden);
-  check_vector(args.weight, hidden);
-  check_vector(args.bias, hidden);
-  ESOKERN_CHECK(!gathered || (args.tokens.ndim == 1 && args.tokens.shape[0] == rows),
-                "add_norm: tokens must be [rows]");
-  if (gathered) {
+  if (args.tokens.given()) {
     const int64_t* tokens = args.tokens.ptr<int64_t>();
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = tokens[r * args.tokens.stride[0]];
-      ESOKERN_CHECK(token >= 0 && token < args.x.shape[0], "add_norm: tokens: each must be a row of x, got", token);
+      ESOKERN_CHECK(token >= 0 && token < args.x.shape[0], "add_norm: tokens: each must be a row of x", token);
     }
   }
   if (rows == 0 || hidden == 0) return;
-  dispatch_dtype(args.x.dtype, [&](auto type) {
-    using T = decltype(type);
-    check_memory(args.out, args.x, gathered, sizeof(T));
-    check_memory(args.out, args.residual, false, sizeof(T));
-    check_memory(args.sum, args.x, gathered, sizeof(T));
-    check_memory(args.sum, args.residual, false, sizeof(T));
-    ESOKERN_CHECK(!args.sum.given() || !overlap(args.out, args.sum, sizeof(T)),
-                  "add_norm: out and sum share memory");
-    launch<T>(args, rows, hidden);
-  });
+  dispatch_dtype(args.x.dtype, [&](auto type) { launch<decltype(type)>(args, rows, hidden); });
 }
 
 }  // namespace esokern::cpu::ESOKERN_ISA

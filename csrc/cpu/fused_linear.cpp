@@ -6,13 +6,12 @@
 //   weight is read once per 32 rows and stays in the caches of the thread that owns its columns.
 // Limits: f32, bf16, f16 storage, accumulation in float; last dimensions contiguous; residual may be out, x may
 //   not. A row's result depends on no other row: fixed tiles, one order of additions.
-#include <math.h>
-
+#include "check_rows.h"
 #include "cpu/dispatch_dtype.h"
+#include "cpu/normalize_row.h"
 #include "cpu/parallel.h"
 #include "cpu/rows_gemm.h"
 #include "cpu/scratch.h"
-#include "ops.h"
 
 namespace esokern::cpu::ESOKERN_ISA {
 namespace {
@@ -21,27 +20,6 @@ constexpr int kTaskRows = 32;
 constexpr int kTaskColumns = 64;
 // Multiply-adds below which starting threads costs more than it gains.
 constexpr int64_t kSerialWork = 128 * 1024;
-
-template <class T>
-void normalize_row(const T* x, int64_t depth, float eps, T* out) {
-  const int64_t whole = depth / kWidth * kWidth;
-  const int rest = static_cast<int>(depth - whole);
-  const float scale = 1.0f / static_cast<float>(depth);
-  Vec sum = {};
-  for (int64_t d = 0; d < whole; d += kWidth) sum += load(x + d);
-  if (rest > 0) sum += load_partial(x + whole, rest);
-  const float mean = reduce_add(sum) * scale;
-  Vec squares = {};
-  for (int64_t d = 0; d < whole; d += kWidth) {
-    const Vec difference = load(x + d) - splat(mean);
-    squares = fma(difference, difference, squares);
-  }
-  float variance = reduce_add(squares);
-  for (int64_t d = whole; d < depth; ++d) variance += (to_float(x[d]) - mean) * (to_float(x[d]) - mean);
-  const float factor = 1.0f / sqrtf(variance * scale + eps);
-  for (int64_t d = 0; d < whole; d += kWidth) store_as(out + d, (load(x + d) - splat(mean)) * splat(factor));
-  for (int64_t d = whole; d < depth; ++d) from_float((to_float(x[d]) - mean) * factor, out + d);
-}
 
 // x / 2 (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
 ESOKERN_INLINE Vec gelu_tanh(Vec x) {
@@ -84,7 +62,7 @@ void launch(const FusedLinearArgs& args) {
 
   const auto normalize_block = [&](int64_t block) {
     for (int64_t r = block * kGemmRows; r < rows && r < (block + 1) * kGemmRows; ++r)
-      normalize_row(x + r * ld_x, depth, args.normalize_eps, normalized.data + r * depth);
+      normalize_row<T, T>(x + r * ld_x, depth, args.normalize_eps, nullptr, nullptr, normalized.data + r * depth);
   };
   const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows;
   const auto task = [&](int64_t index) {
@@ -125,47 +103,12 @@ void launch(const FusedLinearArgs& args) {
   }
 }
 
-void check_rows(const Tensor& tensor, int64_t rows, int64_t columns) {
-  if (!tensor.given()) return;
-  ESOKERN_CHECK(
-      tensor.ndim == 2 && tensor.shape[0] == rows && tensor.shape[1] == columns,
-      "fused_linear: x is [rows, in_features], weight [out_features, in_features], out and residual "
-      "[rows, out_features]");
-  ESOKERN_CHECK(tensor.stride[1] == 1 || columns == 1,
-                "fused_linear: last dimensions must be contiguous, stride", tensor.stride[1]);
-}
-
-// Do the rows of two matrices share memory? Columns side by side in one buffer do not.
-bool overlap(const Tensor& a, const Tensor& b, int64_t element_size) {
-  const auto bytes = [&](const Tensor& t) {
-    return ((t.shape[0] - 1) * t.stride[0] + t.shape[1]) * element_size;
-  };
-  const char* a_begin = static_cast<const char*>(a.data);
-  const char* b_begin = static_cast<const char*>(b.data);
-  if (a_begin + bytes(a) <= b_begin || b_begin + bytes(b) <= a_begin) return false;
-  const int64_t row = a.stride[0] * element_size;
-  if (a.stride[0] != b.stride[0] || row == 0) return true;
-  const int64_t offset = ((b_begin - a_begin) % row + row) % row;
-  return offset < a.shape[1] * element_size || offset + b.shape[1] * element_size > row;
-}
-
 }  // namespace
 
 void fused_linear(const FusedLinearArgs& args) {
-  const int64_t rows = args.x.shape[0], in_features = args.x.shape[1], out_features = args.weight.shape[0];
-  check_rows(args.x, rows, in_features);
-  check_rows(args.weight, out_features, in_features);
-  check_rows(args.out, rows, out_features);
-  check_rows(args.residual, rows, out_features);
-  ESOKERN_CHECK(!args.bias.given() || (args.bias.ndim == 1 && args.bias.shape[0] == out_features &&
-                                       (args.bias.stride[0] == 1 || out_features == 1)),
-                "fused_linear: bias must be a contiguous [out_features]");
-  if (rows == 0 || out_features == 0) return;
-  dispatch_dtype(args.x.dtype, [&](auto type) {
-    ESOKERN_CHECK(in_features == 0 || !overlap(args.x, args.out, sizeof(type)),
-                  "fused_linear: out shares memory with x, which is still read when out is written");
-    launch<decltype(type)>(args);
-  });
+  check_args(args);
+  if (args.out.shape[0] == 0 || args.out.shape[1] == 0) return;
+  dispatch_dtype(args.x.dtype, [&](auto type) { launch<decltype(type)>(args); });
 }
 
 }  // namespace esokern::cpu::ESOKERN_ISA

@@ -156,19 +156,6 @@ ESOKERN_INLINE void load_by_four(const float* x, Vec* out) {
   out[3] = __builtin_shuffle(odd_low, odd_high, odd);
 }
 
-// Ids whose Philox word is at or above the result cannot reach a score of `floor`, nor can all with a logit
-// up to `top`: U < -log(1 - U) and so noise < -log U. Rounded generously to the safe side. 0 = not even the
-// largest noise.
-inline uint32_t word_limit(float top, float floor, float temperature) {
-  if (!(floor > -kInfinity)) return UINT32_MAX;
-  const float slack = 1e-6f * (fabsf(top) + fabsf(floor) + 64.0f * temperature);
-  const float distance = (top - floor + slack) / temperature;
-  if (distance >= -1e-3f) return UINT32_MAX;
-  if (distance < -46.0f) return 0;  // the largest noise is 45.05
-  const float limit = exp(splat(distance))[0] * 4.2992e9f;
-  return limit < 65536.0f ? 65536u : limit < 4.29e9f ? static_cast<uint32_t>(limit) : UINT32_MAX;
-}
-
 // The best score of the tile, if it is at least `floor`. top: no logit is larger; first_block: global id >> 2
 // of column 0.
 inline void draw(const Row& row, const float* x, int64_t column, uint32_t first_block, float top, float floor,
@@ -177,7 +164,8 @@ inline void draw(const Row& row, const float* x, int64_t column, uint32_t first_
   VecI where = splat(0);
   const bool noisy = row.temperature > 0.0f;
   if (!(top > -kInfinity) || (!noisy && top < floor)) return;
-  const VecU limit = splat(noisy ? word_limit(top, floor, row.temperature) : UINT32_MAX);
+  const float exponent = noisy ? word_exponent(top, floor, row.temperature) : 0.0f;
+  const VecU limit = splat(word_limit(exponent, exp(splat(exponent))[0]));
   if (limit[0] == 0) return;
   for (int i = 0; i < kTile; i += 4 * kWidth) {
     Vec score[4];

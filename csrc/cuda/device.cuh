@@ -6,7 +6,7 @@
 //   shared   Arena  smem_address                                     32-bit addresses for the two below
 //   copies   copy_async_16  copy_async_4  copy_async_commit  copy_async_wait     global -> shared
 //   matrix   ldmatrix_x4  ldmatrix_x4_trans  mma_m16n8k16            fragments as in the PTX ISA, section 9.7.14
-//   number   exp2_fast  log2_fast  to_float  from_float  pack
+//   number   exp2_fast  log2_fast  mul_rounded  to_float  from_float  pack
 //   memory   load_16  store_16  load_relaxed  atomic_max  atomic_add  fence
 //   host     launch  multiprocessors
 #pragma once

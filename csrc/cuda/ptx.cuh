@@ -131,6 +131,11 @@ __device__ __forceinline__ float log2_fast(float x) {
   return y;
 }
 
+// x y, rounded before anything is done with it: never part of a fused multiply-add.
+__device__ __forceinline__ float mul_rounded(float x, float y) {
+  return __fmul_rn(x, y);
+}
+
 __device__ __forceinline__ float to_float(float x) {
   return x;
 }

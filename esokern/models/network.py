@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esokern.add_norm import add_norm
 from esokern.attention import attention
 from esokern.attention_with_kvcache import attention_with_kvcache
 from esokern.fused_linear import fused_linear
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NORM_EPS = 1e-5
 FREQUENCY_SIZE = 256  # width of the sinusoidal timestep embedding
 MASK_LOGIT = -1e6  # the mask is never predicted
+LINEAR = ("auto", "fused", "torch")  # see FoldedNetwork
+FUSED_ROWS = 64  # "auto": rows up to which a GPU call uses the fused layers; a guess that is not yet measured
 
 
 @dataclass(frozen=True)
@@ -364,6 +367,17 @@ def _sdpa(mask: RankMask | Tensor | str):
     return attend
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight^T + bias), the tanh form."""
+    if x.device.type == "cuda":  # in one kernel there, and always the tanh form; on other devices it is not
+        return torch._addmm_activation(bias, x.flatten(0, -2), weight.mT, use_gelu=True).unflatten(0, x.shape[:-1])
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+# The attention half of a block between its two linear layers: attend(layer, qkv [..., 3 hidden]) -> [..., hidden].
+Attend = Callable[[int, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class FoldedBlock:
     """Inference weights of one block; `mlp2` and `out` carry the residual gates, `qkv` and `mlp1` the norms."""
@@ -385,6 +399,10 @@ class FoldedNetwork:
 
     A block is y = x + out(attend(rotary(qkv(normalize(x))))), then y + mlp2(gelu(mlp1(normalize(y)))), where normalize
     has neither scale nor shift. Get one from `Network.fold`. Rotary tables are float32 whatever the weights' type.
+
+    `linear` says what runs the linear layers: "fused" this package's fused_linear, whose rows are bitwise the same in
+    every batch; "torch" torch's own matrix products with add_norm between them, the faster way for many rows on a GPU;
+    "auto" "fused" on the CPU and for few rows on a GPU, "torch" for many there.
     """
 
     def __init__(
@@ -395,14 +413,26 @@ class FoldedNetwork:
         head_weight: Tensor,
         head_bias: Tensor,
         inv_freq: Tensor,
+        linear: str = "auto",
     ):
         self.config = config
         self.embedding = embedding
         self.blocks = tuple(blocks)
         self.head_weight, self.head_bias = head_weight, head_bias
         self.inv_freq = inv_freq
+        self.linear = linear
         self.rotary_cos = self.rotary_sin = inv_freq.new_empty(0, len(inv_freq))
         self.reserve_positions(config.length)
+
+    @property
+    def linear(self) -> str:
+        return self._linear
+
+    @linear.setter
+    def linear(self, value: str) -> None:
+        if value not in LINEAR:
+            raise ValueError(f"linear is {value!r}; it may be {', '.join(map(repr, LINEAR))}")
+        self._linear = value
 
     @property
     def dtype(self) -> torch.dtype:
@@ -426,6 +456,7 @@ class FoldedNetwork:
             self.head_weight.to(device, dtype),
             self.head_bias.to(device, dtype),
             self.inv_freq.to(device),
+            self.linear,
         )
 
     def n_bytes(self) -> int:
@@ -478,43 +509,13 @@ class FoldedNetwork:
             positions = positions.expand_as(tokens)
         if positions.device.type == "cpu" and positions.numel():
             self.reserve_positions(int(positions.max()) + 1)
-        heads = (*tokens.shape, 3, self.config.n_heads, self.config.head_dim)
         if cache is None:
-            cos, sin = (F.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
+            attend = self._attend_masked(positions, mask, backend)
         else:
-            positions = positions.to(torch.int32)
-        x = F.embedding(tokens, self.embedding)
-        for i, block in enumerate(self.blocks):
-            qkv = fused_linear(x, block.qkv_weight, block.qkv_bias, normalize_eps=NORM_EPS, backend=backend).view(heads)
-            if cache is None:
-                rotated = apply_rotary(qkv[..., :2, :, :].flatten(-3, -2).float(), cos, sin).to(qkv.dtype)
-                q, k = rotated.split(self.config.n_heads, dim=-2)
-                attended = attention(q, k, qkv[..., 2, :, :], mask=mask, backend=backend)
-            else:
-                k_cache, v_cache = cache.layer(i)
-                q, k, v = qkv.unbind(-3)
-                attended = attention_with_kvcache(
-                    q,
-                    k_cache,
-                    v_cache,
-                    k,
-                    v,
-                    cache_seqlens=cache.cache_seqlens,
-                    positions=positions,
-                    rotary_cos=self.rotary_cos,
-                    rotary_sin=self.rotary_sin,
-                    mask=cache_mask,
-                    num_clean=num_clean,
-                    page_table=cache.page_table,
-                    cu_seqlens_q=cu_seqlens_q,
-                    backend=backend,
-                )
-            x = fused_linear(attended.flatten(-2), block.out_weight, residual=x, backend=backend)
-            inner = fused_linear(
-                x, block.mlp1_weight, block.mlp1_bias, normalize_eps=NORM_EPS, activation="gelu_tanh", backend=backend
-            )
-            x = fused_linear(inner, block.mlp2_weight, block.mlp2_bias, residual=x, backend=backend)
-        return F.layer_norm(x, (self.config.hidden_size,), eps=NORM_EPS)
+            attend = self._attend_cached(positions.to(torch.int32), cache, cache_mask, num_clean, cu_seqlens_q, backend)
+        if self._layers_by_torch(tokens.numel(), backend):
+            return self._run_torch(tokens, attend, backend)
+        return self._run_fused(tokens, attend, backend)
 
     __call__ = forward
 
@@ -522,6 +523,78 @@ class FoldedNetwork:
     def logits(self, hidden: Tensor, backend: str | None = None) -> Tensor:
         """[..., vocab_size] of hidden [..., hidden_size]; the mask's logit as computed, not suppressed."""
         return fused_linear(hidden, self.head_weight, self.head_bias, backend=backend)
+
+    def _layers_by_torch(self, rows: int, backend: str | None) -> bool:
+        if self.linear == "auto":
+            return self.device.type == "cuda" and backend != "reference" and rows > FUSED_ROWS
+        return self.linear == "torch"
+
+    def _run_fused(self, tokens: Tensor, attend: Attend, backend: str | None) -> Tensor:
+        """All blocks by fused_linear: normalisation, activation and residual belong to the linear layers."""
+        x = F.embedding(tokens, self.embedding)
+        for i, block in enumerate(self.blocks):
+            qkv = fused_linear(x, block.qkv_weight, block.qkv_bias, normalize_eps=NORM_EPS, backend=backend)
+            x = fused_linear(attend(i, qkv), block.out_weight, residual=x, backend=backend)
+            inner = fused_linear(
+                x, block.mlp1_weight, block.mlp1_bias, normalize_eps=NORM_EPS, activation="gelu_tanh", backend=backend
+            )
+            x = fused_linear(inner, block.mlp2_weight, block.mlp2_bias, residual=x, backend=backend)
+        return add_norm(x, eps=NORM_EPS, return_sum=False, backend=backend)
+
+    def _run_torch(self, tokens: Tensor, attend: Attend, backend: str | None) -> Tensor:
+        """All blocks by torch's linear layers: embedding, residual and normalisation stand between them."""
+        normed, x = add_norm(self.embedding, tokens=tokens, eps=NORM_EPS, backend=backend)
+        for i, block in enumerate(self.blocks):
+            attended = attend(i, F.linear(normed, block.qkv_weight, block.qkv_bias))
+            normed, x = add_norm(F.linear(attended, block.out_weight), x, eps=NORM_EPS, backend=backend)
+            inner = _linear_gelu(normed, block.mlp1_weight, block.mlp1_bias)
+            outer = F.linear(inner, block.mlp2_weight, block.mlp2_bias)
+            normed, x = add_norm(outer, x, eps=NORM_EPS, backend=backend)
+        return normed
+
+    def _attend_masked(self, positions: Tensor, mask: RankMask, backend: str | None) -> Attend:
+        cos, sin = (F.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            qkv = self._split_heads(qkv)
+            rotated = apply_rotary(qkv[..., :2, :, :].flatten(-3, -2).float(), cos, sin).to(qkv.dtype)
+            q, k = rotated.split(self.config.n_heads, dim=-2)
+            return attention(q, k, qkv[..., 2, :, :], mask=mask, backend=backend).flatten(-2)
+
+        return attend
+
+    def _attend_cached(
+        self,
+        positions: Tensor,
+        cache: KVCache,
+        cache_mask: str | RankMask,
+        num_clean: int | Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        backend: str | None,
+    ) -> Attend:
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = self._split_heads(qkv).unbind(-3)
+            return attention_with_kvcache(
+                q,
+                *cache.layer(layer),
+                k,
+                v,
+                cache_seqlens=cache.cache_seqlens,
+                positions=positions,
+                rotary_cos=self.rotary_cos,
+                rotary_sin=self.rotary_sin,
+                mask=cache_mask,
+                num_clean=num_clean,
+                page_table=cache.page_table,
+                cu_seqlens_q=cu_seqlens_q,
+                backend=backend,
+            ).flatten(-2)
+
+        return attend
+
+    def _split_heads(self, qkv: Tensor) -> Tensor:
+        """[..., 3 hidden] as [..., 3, heads, head_dim]."""
+        return qkv.view(*qkv.shape[:-1], 3, self.config.n_heads, self.config.head_dim)
 
     def _check(
         self,

@@ -1,0 +1,194 @@
+"""What bench/gpu.py times: for each op its cases, and for each case the peers that do the same work.
+
+Here what cases are, and those of sampling and of the layers between; attention has a file of its own.
+
+A case makes input sets on demand, and its candidates take one set each. A peer that is not installed, or that cannot do
+a case, is named in `absent` with the reason: a table without a peer says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional
+
+import esokern
+from eager import gumbel_max, nucleus
+from harness import Cost
+
+Candidate = Callable[[SimpleNamespace], object]
+
+
+@dataclasses.dataclass
+class Case:
+    """One comparison. `make` returns a fresh input set; candidate "esokern" is ours, and if `alike` all results must
+    agree with its. Those in `partial` do a part of the work only, for orientation: they compete with nobody."""
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    cost: Cost
+    make: Callable[[], SimpleNamespace]
+    candidates: dict[str, Candidate]
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+    alike: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where the cases run, and whether in miniature."""
+
+    device: str
+    small: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+
+def peer(case: Case, name: str, modules: str, attribute: str, make: Callable[[object], Candidate]) -> None:
+    """Add the candidate `make(attribute of the first of modules that is there)`, or say why there is none."""
+    for module in modules.split():
+        try:
+            case.candidates[name] = make(getattr(importlib.import_module(module), attribute))
+        except Exception as error:  # a peer that is installed but broken must not stop the others
+            case.absent[name] = f"{module}: {type(error).__name__}: {error}".splitlines()[0]
+        else:
+            case.absent.pop(name, None)
+            return
+
+
+# --- unmask_sample: LM head and draw. Draws differ by their noise, so the results are not compared.
+
+
+def unmask_sample(setting: Setting) -> Iterator[Callable[[], Case]]:
+    heads = [(4096, 151936, (1, 16, 64)), (768, 50258, (64, 256, 1024))]
+    if setting.small:
+        heads = [(64, 999, (1, 3))]
+    for hidden, vocab, rows in heads:
+        for count in rows:
+            for top_p in (None, 0.9):
+                yield functools.partial(_unmask_sample, setting, count, hidden, vocab, top_p)
+
+
+def _unmask_sample(setting: Setting, rows: int, hidden_size: int, vocab: int, top_p: float | None) -> Case:
+    seed = torch.zeros(rows, dtype=torch.int64, device=setting.device)
+    positions = torch.arange(rows, device=setting.device)
+
+    def make() -> SimpleNamespace:
+        weight = setting.randn(vocab, hidden_size).mul_(hidden_size**-0.5)
+        return SimpleNamespace(hidden=setting.randn(rows, hidden_size), weight=weight)
+
+    def ours(s: SimpleNamespace, **options: object) -> torch.Tensor:
+        return esokern.unmask_sample(
+            s.hidden, s.weight, mask_id=vocab - 1, top_p=top_p, seed=seed, positions=positions, **options
+        ).tokens
+
+    def logits(s: SimpleNamespace) -> torch.Tensor:
+        return s.hidden @ s.weight.T
+
+    def multinomial(s: SimpleNamespace) -> torch.Tensor:
+        p = logits(s).float().softmax(-1)
+        if top_p is not None:
+            ordered, index = p.sort(descending=True)
+            p = torch.zeros_like(p).scatter_(1, index, ordered * (ordered.cumsum(-1) - ordered < top_p))
+        return torch.multinomial(p, 1)[:, 0]
+
+    def gumbel(dtype: torch.dtype) -> Candidate:
+        return lambda s: gumbel_max(logits(s) if top_p is None else nucleus(logits(s), top_p), dtype)
+
+    cost = Cost(bytes=vocab * hidden_size * torch.finfo(setting.dtype).bits // 8, flops=2 * rows * hidden_size * vocab)
+    name = f"rows {rows} D{hidden_size} V{vocab}" + ("" if top_p is None else f" top_p {top_p}")
+    candidates = {
+        "esokern": lambda s: ours(s, return_logprob=False),
+        "esokern + logprob": ours,
+        "matmul + f64 gumbel": gumbel(torch.float64),
+        "matmul + f32 gumbel": gumbel(torch.float32),
+        "matmul + multinomial": multinomial,
+        "matmul alone": logits,
+    }
+    case = Case("unmask_sample", name, setting.dtype, cost, make, candidates, alike=False)
+    case.partial = frozenset({"matmul alone"})
+    if top_p is None:
+        peer(
+            case, "matmul + flashinfer", "flashinfer.sampling", "sampling_from_logits",
+            lambda f: lambda s: f(logits(s).float()),
+        )  # fmt: skip
+    else:
+        peer(
+            case, "matmul + flashinfer", "flashinfer.sampling", "top_p_sampling_from_probs",
+            lambda f: lambda s: f(logits(s).float().softmax(-1), top_p),
+        )  # fmt: skip
+    return case
+
+
+# --- the layers between: linear layers of the 170M network, and the norm between them.
+
+
+def fused_linear(setting: Setting) -> Iterator[Callable[[], Case]]:
+    size, counts = (64, (1, 3)) if setting.small else (768, (1, 2, 64, 1024))
+    layers = {
+        "norm qkv": (size, 3 * size, {"normalize_eps": 1e-5}),
+        "attn out": (size, size, {}),
+        "norm mlp gelu": (size, 4 * size, {"normalize_eps": 1e-5, "activation": "gelu_tanh"}),
+        "mlp out": (4 * size, size, {}),
+    }
+    for name, (in_features, out_features, options) in layers.items():
+        for rows in counts:
+            yield functools.partial(_fused_linear, setting, name, rows, in_features, out_features, options)
+
+
+def _fused_linear(
+    setting: Setting, layer: str, rows: int, in_features: int, out_features: int, options: dict[str, object]
+) -> Case:
+    def make() -> SimpleNamespace:
+        return SimpleNamespace(
+            x=setting.randn(rows, in_features),
+            weight=setting.randn(out_features, in_features).mul_(in_features**-0.5),
+            bias=setting.randn(out_features),
+            residual=None if options else setting.randn(rows, out_features),
+        )
+
+    def torch_layer(s: SimpleNamespace) -> torch.Tensor:
+        y = functional.layer_norm(s.x, (in_features,)) if "normalize_eps" in options else s.x
+        y = functional.linear(y, s.weight, s.bias)
+        if "activation" in options:
+            y = functional.gelu(y, approximate="tanh")
+        return y if s.residual is None else s.residual + y
+
+    candidates = {
+        "esokern": lambda s: esokern.fused_linear(s.x, s.weight, s.bias, residual=s.residual, **options),
+        "torch": torch_layer,
+        "torch linear alone": lambda s: functional.linear(s.x, s.weight, s.bias),
+    }
+    moved = in_features * out_features + rows * (in_features + out_features * (1 if options else 2))
+    cost = Cost(bytes=moved * torch.finfo(setting.dtype).bits // 8, flops=2 * rows * in_features * out_features)
+    name = f"{layer} {in_features}x{out_features} rows {rows}"
+    return Case("fused_linear", name, setting.dtype, cost, make, candidates, partial=frozenset({"torch linear alone"}))
+
+
+def add_norm(setting: Setting) -> Iterator[Callable[[], Case]]:
+    for rows in (1, 3) if setting.small else (1, 2, 64, 1024):
+        yield functools.partial(_add_norm, setting, rows, 64 if setting.small else 768)
+
+
+def _add_norm(setting: Setting, rows: int, size: int) -> Case:
+    def make() -> SimpleNamespace:
+        x, residual = (setting.randn(rows, size) for _ in range(2))
+        return SimpleNamespace(x=x, residual=residual, weight=setting.randn(size), bias=setting.randn(size))
+
+    def torch_form(s: SimpleNamespace) -> torch.Tensor:
+        return functional.layer_norm(s.residual + s.x, (size,), s.weight, s.bias)
+
+    candidates = {
+        "esokern": lambda s: esokern.add_norm(s.x, s.residual, weight=s.weight, bias=s.bias)[0],
+        "torch": torch_form,
+    }
+    cost = Cost(bytes=4 * rows * size * torch.finfo(setting.dtype).bits // 8)
+    return Case("add_norm", f"rows {rows} D{size}", setting.dtype, cost, make, candidates)

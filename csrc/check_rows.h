@@ -1,0 +1,83 @@
+// What every back end checks of the ops on rows, fused_linear and add_norm: shapes, strides, and shared memory by the
+// pointers alone, so it serves host and device memory. Functions have internal linkage (see common/hd.h).
+#pragma once
+
+#include "ops.h"
+
+namespace esokern {
+
+static inline int64_t element_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
+// Do the rows of two matrices share memory? Columns side by side in one buffer do not.
+static inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (!a.given() || !b.given()) return false;
+  if (a.shape[0] * a.shape[1] == 0 || b.shape[0] * b.shape[1] == 0) return false;
+  const int64_t size = element_size(a.dtype);
+  const auto bytes = [&](const Tensor& t) { return ((t.shape[0] - 1) * t.stride[0] + t.shape[1]) * size; };
+  const char* a_begin = static_cast<const char*>(a.data);
+  const char* b_begin = static_cast<const char*>(b.data);
+  if (a_begin + bytes(a) <= b_begin || b_begin + bytes(b) <= a_begin) return false;
+  const int64_t row = a.stride[0] * size;
+  if (a.stride[0] != b.stride[0] || row == 0) return true;
+  const int64_t offset = ((b_begin - a_begin) % row + row) % row;
+  return offset < a.shape[1] * size || offset + b.shape[1] * size > row;
+}
+
+// The same elements of the same memory: each is read before it is written.
+static inline bool same_rows(const Tensor& a, const Tensor& b) {
+  return a.data == b.data && a.stride[0] == b.stride[0];
+}
+
+static inline bool is_matrix(const Tensor& t, int64_t rows, int64_t columns) {
+  return !t.given() || (t.ndim == 2 && t.shape[0] == rows && t.shape[1] == columns);
+}
+
+static inline bool is_vector(const Tensor& t, int64_t size) {
+  return !t.given() || (t.ndim == 1 && t.shape[0] == size && (t.stride[0] == 1 || size <= 1));
+}
+
+static inline bool contiguous_rows(const Tensor& t) {
+  return !t.given() || t.stride[1] == 1 || t.shape[1] <= 1;
+}
+
+static inline void check_args(const FusedLinearArgs& args) {
+  const int64_t rows = args.x.shape[0], in_features = args.x.shape[1], out_features = args.weight.shape[0];
+  ESOKERN_CHECK(is_matrix(args.x, rows, in_features) && is_matrix(args.weight, out_features, in_features) &&
+                    is_matrix(args.out, rows, out_features) && is_matrix(args.residual, rows, out_features),
+                "fused_linear: x is [rows, in_features], weight [out_features, in_features], out and residual "
+                "[rows, out_features]");
+  const Tensor* const matrices[] = {&args.x, &args.weight, &args.out, &args.residual};
+  for (const Tensor* t : matrices)
+    ESOKERN_CHECK(contiguous_rows(*t), "fused_linear: last dimensions must be contiguous, stride", t->stride[1]);
+  ESOKERN_CHECK(is_vector(args.bias, out_features), "fused_linear: bias must be a contiguous [out_features]");
+  ESOKERN_CHECK(!overlap(args.x, args.out),
+                "fused_linear: out shares memory with x, which is still read when out is written");
+}
+
+static inline void check_args(const AddNormArgs& args) {
+  const int64_t rows = args.out.shape[0], hidden = args.out.shape[1];
+  const bool gathered = args.tokens.given();
+  ESOKERN_CHECK(is_matrix(args.out, rows, hidden) && is_matrix(args.sum, rows, hidden) &&
+                    is_matrix(args.x, gathered ? args.x.shape[0] : rows, hidden) &&
+                    is_matrix(args.residual, rows, hidden),
+                "add_norm: out, sum, x and residual are [rows, hidden]; with tokens x is [vocab, hidden]");
+  const Tensor* const matrices[] = {&args.out, &args.sum, &args.x, &args.residual};
+  for (const Tensor* t : matrices)
+    ESOKERN_CHECK(contiguous_rows(*t), "add_norm: last dimensions must be contiguous, stride", t->stride[1]);
+  ESOKERN_CHECK(!gathered || (args.tokens.ndim == 1 && args.tokens.shape[0] == rows),
+                "add_norm: tokens must be [rows]");
+  ESOKERN_CHECK(is_vector(args.weight, hidden) && is_vector(args.bias, hidden),
+                "add_norm: weight and bias must be contiguous [hidden]");
+  const Tensor* const outputs[] = {&args.out, &args.sum};
+  for (const Tensor* written : outputs) {
+    ESOKERN_CHECK(!overlap(*written, args.x) || (!gathered && same_rows(*written, args.x)),
+                  "add_norm: an output shares memory with x without being x itself");
+    ESOKERN_CHECK(!overlap(*written, args.residual) || same_rows(*written, args.residual),
+                  "add_norm: an output shares memory with residual without being residual itself");
+  }
+  ESOKERN_CHECK(!overlap(args.out, args.sum), "add_norm: out and sum share memory");
+}
+
+}  // namespace esokern

@@ -1,0 +1,252 @@
+// One block's work on tiles of keys: shared memory, loads, scores, values.
+//
+//   warp    kFew: the four warps share 16 lanes and split the keys of a tile; else each has 16 lanes and all keys
+//   memory  a ring of kSlots tiles, in the order K0 V0 K1 V1 ...; rows of 16-byte chunks, XOR-swizzled so that eight
+//           rows of one chunk lie in different banks
+//   numbers bf16 and f16 by mma, with the part of a rotated query that rounding loses in a second mma; float32 by
+//           FFMA on the same fragments: thread (g, t) holds lanes g, g + 8, keys 8 n + 2 t, 8 n + 2 t + 1
+#pragma once
+
+#include "cuda/attention_rows.cuh"
+
+namespace esokern::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr float kNegInf = -__builtin_inff();
+constexpr float kLn2 = 0.6931471805599453f;
+
+template <class T>
+constexpr bool kIsFloat = sizeof(T) == 4;
+
+template <class T, int kHeadDim, bool kFew>
+struct Tile {
+  static constexpr int kLanes = kFew ? kFewLanes : kManyLanes;
+  static constexpr int kBlockKV =
+      kIsFloat<T> ? (kHeadDim <= 96 ? 64 : 32) : (!kFew && kHeadDim == 256 ? 32 : 64);
+  static constexpr int kWarpKeys = kFew ? kBlockKV / kWarps : kBlockKV;
+  static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kHeadDim / 8;
+  static constexpr int kMergeStride = kHeadDim + 8;  // floats; eight rows lie in different banks
+  static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kHeadDim / kChunkElements;
+  static constexpr int kTileBytes = kBlockKV * kHeadDim * static_cast<int>(sizeof(T));
+  // As many as leave room for the blocks that registers allow.
+  static constexpr int kSlots = kHeadDim == 256       ? 2
+                                : !kFew               ? (kHeadDim == 128 ? 3 : 4)
+                                : kTileBytes <= 8192  ? 6
+                                : kTileBytes <= 16384 ? 4
+                                                      : 3;
+  static constexpr bool kKeepQuery = kHeadDim <= 128;  // query fragments stay in registers
+
+  // Element (row, chunk) of a tile, in elements.
+  __device__ __forceinline__ static int at(int row, int chunk) {
+    const int swizzled = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+    return row * kHeadDim + swizzled * kChunkElements;
+  }
+
+  struct Smem {
+    T* ring;
+    T* query;
+    T* query_rest;   // what rounding took from `query`; only with rotation
+    int32_t* rank;   // [kSlots][kBlockKV], of explicit ranks
+    float* merge;    // [kLanes][kMergeStride]; kFew only, like the next
+    float* row_max;  // [kWarps][kLanes]
+    float* row_sum;
+
+    template <class Source>
+    __host__ __device__ Smem(Source& source, bool rotation)
+        : ring(source.template take<T>(kSlots * kBlockKV * kHeadDim)),
+          query(source.template take<T>(kLanes * kHeadDim)),
+          query_rest(!kIsFloat<T> && rotation ? source.template take<T>(kLanes * kHeadDim) : nullptr),
+          rank(source.template take<int32_t>(kSlots * kBlockKV)),
+          merge(kFew ? source.template take<float>(kLanes * kMergeStride) : nullptr),
+          row_max(kFew ? source.template take<float>(kWarps * kLanes) : nullptr),
+          row_sum(kFew ? source.template take<float>(kWarps * kLanes) : nullptr) {}
+  };
+};
+
+// Where the rows of k or v of one (sequence, kv head) lie.
+template <class T>
+struct KeyRows {
+  const T* first;  // row 0 of the outer index 0 if paged
+  int64_t row, page;
+  const int32_t* pages;
+  int32_t page_size;
+
+  __device__ __forceinline__ KeyRows(const AttentionProblem& p, const RowsView& t, int64_t b,
+                                     const Sequence& seq, int64_t kv_head)
+      : first(row_of<T>(t, p.pages == nullptr ? seq.cache_row : 0, seq.first_key, kv_head)),
+        row(t.row),
+        page(t.batch),
+        pages(p.pages == nullptr ? nullptr : p.pages + b * p.pages_batch),
+        page_size(p.page_size) {}
+  __device__ __forceinline__ const T* at(int32_t j) const {
+    if (pages == nullptr) return first + j * row;
+    return first + pages[j / page_size] * page + j % page_size * row;
+  }
+};
+
+// Starts the copies of rows [begin, begin + kBlockKV) into `tile`; zeros at and past `end` and head_dim.
+template <class Tile, class T>
+__device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32_t begin, int32_t end,
+                                          int head_dim, bool aligned) {
+#pragma unroll
+  for (int at = 0; at < Tile::kBlockKV * Tile::kChunks; at += kThreads) {
+    const int item = at + static_cast<int>(threadIdx.x);
+    const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
+    const int column = chunk * Tile::kChunkElements;
+    const bool valid = begin + row < end && column < head_dim;
+    const T* from = valid ? rows.at(begin + row) + column : rows.first;
+    T* to = tile + Tile::at(row, chunk);
+    if (aligned) {
+      copy_async_16(smem_address(to), from, valid);
+    } else {
+      for (int e = 0; e < Tile::kChunkElements; ++e) to[e] = valid ? from[e] : T{};
+    }
+  }
+}
+
+struct alignas(16) Float4 {
+  float x[4];
+};
+__device__ __forceinline__ float dot(const Float4& a, const Float4& b, float sum) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum += a.x[i] * b.x[i];
+  return sum;
+}
+
+// scores[n] = queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile.
+template <class Tile, bool kRest, class T>
+__device__ __forceinline__ void score_tile(
+    float (&scores)[Tile::kKeyTiles][4], const uint32_t (&kept)[Tile::kKeepQuery ? Tile::kChunks / 2 : 1][4],
+    const T* query, const T* query_rest, const T* keys, int first_key) {
+  const int lane = threadIdx.x % kWarpSize, quarter = lane / 8, r = lane % 8;
+#pragma unroll
+  for (int n = 0; n < Tile::kKeyTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+  if constexpr (kIsFloat<T>) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll 4
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      const Float4 low = *reinterpret_cast<const Float4*>(query + Tile::at(g, chunk));
+      const Float4 high = *reinterpret_cast<const Float4*>(query + Tile::at(g + 8, chunk));
+#pragma unroll
+      for (int n = 0; n < Tile::kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Float4 key =
+              *reinterpret_cast<const Float4*>(keys + Tile::at(first_key + 8 * n + 2 * t + i, chunk));
+          scores[n][i] = dot(low, key, scores[n][i]);
+          scores[n][2 + i] = dot(high, key, scores[n][2 + i]);
+        }
+    }
+  } else {
+    const int query_row = (quarter & 1) * 8 + r, query_half = quarter >> 1;
+    const int key_row = first_key + (quarter >> 1) * 8 + r, key_half = quarter & 1;
+#pragma unroll
+    for (int k = 0; k < Tile::kChunks / 2; ++k) {
+      uint32_t a[4], rest[4];
+      if constexpr (Tile::kKeepQuery) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = kept[k][i];
+      } else {
+        ldmatrix_x4(a, smem_address(query + Tile::at(query_row, 2 * k + query_half)));
+      }
+      if constexpr (kRest)
+        ldmatrix_x4(rest, smem_address(query_rest + Tile::at(query_row, 2 * k + query_half)));
+#pragma unroll
+      for (int n = 0; n < Tile::kKeyTiles; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, smem_address(keys + Tile::at(key_row + 8 * n, 2 * k + key_half)));
+        if constexpr (kRest) {
+          mma_m16n8k16<T>(scores[n], rest, b[0], b[1]);
+          mma_m16n8k16<T>(scores[n + 1], rest, b[2], b[3]);
+        }
+        mma_m16n8k16<T>(scores[n], a, b[0], b[1]);
+        mma_m16n8k16<T>(scores[n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+}
+
+// out += weights times values [first_key, first_key + kWarpKeys) of the tile.
+template <class Tile, class T>
+__device__ __forceinline__ void add_values(float (&out)[Tile::kColumnTiles][4],
+                                           const float (&weights)[Tile::kKeyTiles][4], const T* values,
+                                           int first_key) {
+  const int lane = threadIdx.x % kWarpSize, quarter = lane / 8, r = lane % 8;
+  if constexpr (kIsFloat<T>) {
+    const int t = lane % 4;
+#pragma unroll
+    for (int key = 0; key < Tile::kWarpKeys; ++key) {
+      const int owner = lane - t + key % 8 / 2;
+      const float low = shfl(weights[key / 8][key % 2], owner);
+      const float high = shfl(weights[key / 8][2 + key % 2], owner);
+#pragma unroll
+      for (int n = 0; n < Tile::kColumnTiles; ++n) {
+        const T* value = values + Tile::at(first_key + key, 2 * n + t / 2) + t % 2 * 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          out[n][i] += low * value[i];
+          out[n][2 + i] += high * value[i];
+        }
+      }
+    }
+  } else {
+    const int row = first_key + (quarter & 1) * 8 + r, half = quarter >> 1;
+#pragma unroll
+    for (int k = 0; k < Tile::kKeyTiles; k += 2) {
+      const uint32_t a[4] = {pack<T>(weights[k][0], weights[k][1]), pack<T>(weights[k][2], weights[k][3]),
+                             pack<T>(weights[k + 1][0], weights[k + 1][1]),
+                             pack<T>(weights[k + 1][2], weights[k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < Tile::kColumnTiles; n += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, smem_address(values + Tile::at(row + 8 * k, n + half)));
+        mma_m16n8k16<T>(out[n], a, b[0], b[1]);
+        mma_m16n8k16<T>(out[n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+}
+
+// The running softmax of this thread's two rows. Maxima are of raw scores; the sum is of this thread's keys.
+struct RunningSoftmax {
+  float max[2], sum[2];
+
+  // Scores to weights; returns in `keep` what earlier sums and values are to be multiplied with.
+  template <int kKeyTiles>
+  __device__ __forceinline__ void add(float (&scores)[kKeyTiles][4], float scale, float (&keep)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float best = max[h];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) best = scores[n][2 * h + i] > best ? scores[n][2 * h + i] : best;
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
+        const float other = shfl_xor(best, lanes);
+        best = other > best ? other : best;
+      }
+      const float shift = best == kNegInf ? 0.0f : best * scale;  // no -inf - -inf
+      keep[h] = exp2_fast(max[h] * scale - shift);
+      float tile_sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float weight = exp2_fast(scores[n][2 * h + i] * scale - shift);
+          scores[n][2 * h + i] = weight;
+          tile_sum += weight;
+        }
+      max[h] = best;
+      sum[h] = sum[h] * keep[h] + tile_sum;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace esokern::cuda
