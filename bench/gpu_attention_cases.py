@@ -128,7 +128,10 @@ def _cached_step(
     sdpa_peers(case, attend, "gather + sdpa" if page else "sdpa")
     if not page and kv_heads == heads:
         case.candidates["eager"] = lambda s: cached_attention(s.q, s.k, s.v, s.k_cache, s.v_cache, committed)
-        flex_peer(case, setting, lambda b, h, q, k: k <= q + committed, rows, keys)
+        if keys == 8192 or rows == 16:
+            flex_peer(case, setting, lambda b, h, q, k: k <= q + committed, rows, keys)
+        else:
+            case.absent["flex"] = "takes seconds to compile, so only KV8192 and Sq16 have it"
     else:
         case.absent |= {"eager": "knows neither pages nor grouped heads", "flex": "its form here knows neither"}
     peer(case, "flash-attn", "flash_attn", "flash_attn_with_kvcache", lambda f: flash_with(f, "block_table"))

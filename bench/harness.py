@@ -85,7 +85,7 @@ def machine_name(device: str = "cpu") -> str:
 
 
 def commit() -> str:
-    """Short commit of the checkout, with + if the tree has changes; 'unknown' outside a checkout."""
+    """Short commit of the checkout, with + if the tree has changes; outside one $ESOKERN_COMMIT, or 'unknown'."""
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -94,7 +94,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "csrc", "esokern") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ESOKERN_COMMIT", "unknown")
 
 
 @functools.lru_cache

@@ -44,13 +44,15 @@ static inline bool contiguous_rows(const Tensor& t) {
 
 static inline void check_args(const FusedLinearArgs& args) {
   const int64_t rows = args.x.shape[0], in_features = args.x.shape[1], out_features = args.weight.shape[0];
-  ESOKERN_CHECK(is_matrix(args.x, rows, in_features) && is_matrix(args.weight, out_features, in_features) &&
-                    is_matrix(args.out, rows, out_features) && is_matrix(args.residual, rows, out_features),
-                "fused_linear: x is [rows, in_features], weight [out_features, in_features], out and residual "
-                "[rows, out_features]");
+  ESOKERN_CHECK(
+      is_matrix(args.x, rows, in_features) && is_matrix(args.weight, out_features, in_features) &&
+          is_matrix(args.out, rows, out_features) && is_matrix(args.residual, rows, out_features),
+      "fused_linear: x is [rows, in_features], weight [out_features, in_features], out and residual "
+      "[rows, out_features]");
   const Tensor* const matrices[] = {&args.x, &args.weight, &args.out, &args.residual};
   for (const Tensor* t : matrices)
-    ESOKERN_CHECK(contiguous_rows(*t), "fused_linear: last dimensions must be contiguous, stride", t->stride[1]);
+    ESOKERN_CHECK(contiguous_rows(*t), "fused_linear: last dimensions must be contiguous, stride",
+                  t->stride[1]);
   ESOKERN_CHECK(is_vector(args.bias, out_features), "fused_linear: bias must be a contiguous [out_features]");
   ESOKERN_CHECK(!overlap(args.x, args.out),
                 "fused_linear: out shares memory with x, which is still read when out is written");

@@ -57,28 +57,31 @@ def add_norm(
     torch.Size([1, 3, 8])
     """
     chosen = _backend.select(backend, "add_norm", x, residual, tokens, weight, bias, out, sum_out)
-    dtype = x.dtype
+    dtype, shape = x.dtype, x.shape
     if dtype not in _DTYPES and not (dtype == torch.float64 and chosen == "reference"):
         raise TypeError(
             f"add_norm: x: got {dtype}, supported are float32, bfloat16 and float16"
             ' (and float64 with backend="reference")'
         )
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"add_norm: x: must be [..., hidden] with hidden >= 1, got {list(x.shape)}")
-    hidden = x.shape[-1]
-    shape = x.shape
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(f"add_norm: x: must be [..., hidden] with hidden >= 1, got {list(shape)}")
+    hidden = shape[-1]
     if tokens is not None:
-        if x.dim() != 2:
-            raise ValueError(f"add_norm: x: must be a table [vocab, hidden] with tokens, got {list(x.shape)}")
+        if len(shape) != 2:
+            raise ValueError(f"add_norm: x: must be a table [vocab, hidden] with tokens, got {list(shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"add_norm: tokens: must be int64 or int32, got {tokens.dtype}")
         shape = (*tokens.shape, hidden)
-    for name, tensor in (("residual", residual), ("out", out), ("sum_out", sum_out)):
-        if tensor is not None:
-            _check(name, tensor, dtype, shape)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _check(name, tensor, dtype, (hidden,))
+    if residual is not None:
+        _check("residual", residual, dtype, shape)
+    if weight is not None:
+        _check("weight", weight, dtype, (hidden,))
+    if bias is not None:
+        _check("bias", bias, dtype, (hidden,))
+    if out is not None:
+        _check("out", out, dtype, shape)
+    if sum_out is not None:
+        _check("sum_out", sum_out, dtype, shape)
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"add_norm: eps: must be finite and >= 0, got {eps}")
 
@@ -88,25 +91,21 @@ def add_norm(
         total = total if sum_out is None else sum_out.copy_(total)
         return (result, total) if return_sum else result
 
-    result = x.new_empty(shape) if out is None else out
-    total = sum_out
-    if return_sum and total is None and (residual is not None or tokens is not None):
-        total = x.new_empty(shape)
-    _backend.run(
-        chosen,
-        "add_norm",
-        _view_rows("out", result),
-        None if total is None else _view_rows("sum_out", total),
-        x.reshape(-1, hidden),
-        None if tokens is None else tokens.reshape(-1).to(torch.int64),
-        None if residual is None else residual.reshape(-1, hidden),
-        weight,
-        bias,
-        float(eps),
-    )
-    if not return_sum:
-        return result
-    return result, x if total is None else total
+    if out is None:
+        out = x.new_empty(shape)
+    if sum_out is None and return_sum and (residual is not None or tokens is not None):
+        sum_out = x.new_empty(shape)
+    result = out, x if sum_out is None else sum_out
+    if tokens is not None:
+        tokens = tokens.reshape(-1).to(torch.int64)
+    elif len(shape) != 2:
+        x = x.reshape(-1, hidden)
+    if len(shape) != 2:
+        out = _view_rows("out", out)
+        sum_out = None if sum_out is None else _view_rows("sum_out", sum_out)
+        residual = None if residual is None else residual.reshape(-1, hidden)
+    _backend.run(chosen, "add_norm", out, sum_out, x, tokens, residual, weight, bias, float(eps))
+    return result if return_sum else result[0]
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -118,8 +117,6 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int
 
 def _view_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """[..., hidden] as [rows, hidden] of the same memory."""
-    if tensor.dim() == 2:
-        return tensor
     try:
         return tensor.view(-1, tensor.shape[-1])
     except RuntimeError:

@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: the one beside the checkpoint)")
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
-    model.add_argument("--backend", choices=backends.BACKENDS, help="default: the compiled one")
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: that of --backend, or cpu)")
+    model.add_argument("--backend", choices=backends.BACKENDS, help="default: the compiled one of the device")
 
     command = commands.add_parser(
         "generate",
@@ -149,6 +150,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(options: argparse.Namespace) -> torch.device:
+    """Where --device and --backend want the network. ValueError saying what is missing for a GPU."""
+    name = options.device or ("cuda" if options.backend == "cuda" else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"--device: got {name!r}, supported are cpu, cuda and cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "is built for the CPU alone" if torch.version.cuda is None else "finds no GPU here"
+        raise ValueError(f"--device {name}: torch {torch.__version__} {built}")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    if backends.cuda_architectures() is None and options.backend != "reference":
+        raise ValueError(
+            f"--device {name}: this installation has no CUDA kernels (see esokern info); --backend reference needs none"
+        )
+    return torch.device(name)
+
+
+def _load(options: argparse.Namespace) -> tuple[FoldedNetwork, Tokenizer]:
+    device = _device(options)
+    network, tokenizer = load_model(options.checkpoint, tokenizer=options.tokenizer, dtype=DTYPES[options.dtype])
+    return network.to(device), tokenizer
+
+
 def _steps(text: str) -> float:
     return math.inf if text == "inf" else int(text)
 
@@ -188,7 +215,7 @@ SAMPLERS: dict[str, Callable[..., GenerationResult]] = {
 
 
 def _generate(options: argparse.Namespace) -> int:
-    network, tokenizer = load_model(options.checkpoint, tokenizer=options.tokenizer, dtype=DTYPES[options.dtype])
+    network, tokenizer = _load(options)
     tokens = _starting_tokens(options, network, tokenizer)
     num_masked = int((tokens == tokenizer.mask_id).sum())
     common = {
@@ -254,10 +281,10 @@ def _starting_tokens(options: argparse.Namespace, network: FoldedNetwork, tokeni
 
 
 def _bench(options: argparse.Namespace) -> int:
-    dtype = DTYPES[options.dtype]
     if options.checkpoint is not None:
-        network, _ = load_model(options.checkpoint, tokenizer=options.tokenizer, dtype=dtype)
+        network, _ = _load(options)
     else:
+        device = _device(options)
         torch.manual_seed(0)
         made = Network(
             NetworkConfig(
@@ -271,14 +298,14 @@ def _bench(options: argparse.Namespace) -> int:
         for parameter in made.parameters():  # nothing zero, as after training
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.03)
-        network = made.fold(dtype)
+        network = made.fold(DTYPES[options.dtype]).to(device)
     if options.repeats < 1:
         raise ValueError(f"--repeats: must be at least 1, got {options.repeats}")
     config = network.config
     print(
         f"hidden {config.hidden_size}, {config.n_heads} heads, {config.n_blocks} layers, vocabulary "
-        f"{config.vocab_size}, {options.dtype}; {options.length} tokens, batch 1; {options.backend or 'cpu'}, "
-        f"{backends.get_isa()}, {torch.get_num_threads()} threads"
+        f"{config.vocab_size}, {options.dtype}; {options.length} tokens, batch 1; "
+        f"{options.backend or network.device.type}, {_hardware(network.device)}"
     )
     rows = demo.compare_samplers(
         network, options.length, repeats=options.repeats, backend=options.backend, progress=sys.stderr.isatty()
@@ -288,6 +315,12 @@ def _bench(options: argparse.Namespace) -> int:
     by_name = {row.name: row.result for row in rows}
     print(demo.agreement([(by_name["Eso-LM, cached"], by_name["Eso-LM, recomputed"])]))
     return 0
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{backends.get_isa()}, {torch.get_num_threads()} threads"
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -321,9 +354,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     for isa in built:
         if isa not in supported:
             yield "", f"{isa}: this CPU does not have it"
-    if "cuda" not in backends.BACKENDS:
-        reason = "this version has no CUDA back end"
-        yield "cuda kernels", f"missing: {reason}" + ("; a GPU is present" if torch.cuda.is_available() else "")
+    yield "cuda kernels", _cuda_kernels()
     yield (
         "threads",
         f"{torch.get_num_threads()} of {os.cpu_count()} processors"
@@ -332,6 +363,17 @@ def _facts() -> Iterator[tuple[str, str]]:
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     yield "devices", ", ".join([_processor(), *devices])
     yield "default model", _default_model()
+
+
+def _cuda_kernels() -> str:
+    architectures, gpu = backends.cuda_architectures(), torch.cuda.is_available()
+    if architectures is None:
+        missing = "missing: when esokern was built there was no GPU or no nvcc"
+        return f"{missing}; a GPU is here now: build again, with ESOKERN_CUDA=ON" if gpu else missing
+    unused = (
+        "" if gpu else "; torch is built for the CPU alone" if torch.version.cuda is None else "; torch finds no GPU"
+    )
+    return f"built for {architectures}{unused}"
 
 
 def _version(package: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from esokern.kv_cache import KVCache
@@ -44,7 +45,8 @@ class GenerationResult:
     decode_step:      int64 [batch, length], the step in which each token was drawn; -1 = it was given
     nfe:              forward passes of the network over the batch
     seconds:          wall time of the whole call, forward_seconds and sampling_seconds of which went to the network and
-                      to the LM head with sampling
+                      to the LM head with sampling. On a GPU those two are read from events in its stream: the time from
+                      the first to the last kernel of each pass, with the gaps in which it waited for the host
     logprob:          float32 [batch, length], log-probability of each drawn token under the model (temperature 1, no
                       filters); 0 where given. None unless asked for.
     """
@@ -66,6 +68,37 @@ class GenerationResult:
     def tokens_per_second(self) -> float:
         """Tokens drawn per second of the whole call."""
         return self.num_generated / max(self.seconds, 1e-9)
+
+
+class Stopwatch:
+    """Adds up the time of its `with` blocks: by the clock, or on a GPU by events in the current stream, so that the host
+    waits for nothing before `seconds` is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.begin: float | torch.cuda.Event = 0.0
+        self.spans: list[tuple] = []
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        self.begin = self._now()
+
+    def __exit__(self, *error: object) -> None:
+        self.spans.append((self.begin, self._now()))
+
+    def seconds(self) -> float:
+        """Seconds of all blocks so far. Waits for the last one to be over."""
+        if self.device.type != "cuda":
+            return sum(end - begin for begin, end in self.spans)
+        if self.spans:
+            self.spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self.spans) / 1e3
 
 
 def starting_tokens(
@@ -90,7 +123,7 @@ def starting_tokens(
         given = given[None]
     if given.dim() != 2:
         raise ValueError(f"tokens: must be [length] or [batch, length], got {tuple(given.shape)}")
-    given = given.to(device, torch.int64)
+    given = given.to(torch.int64)
     if batch is not None:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: must be an integer of at least 1, got {batch!r}")
@@ -110,7 +143,7 @@ def starting_tokens(
             f"got ids from {int(given.min())} to {int(given.max())}"
         )
     full = torch.full((len(given), length), config.mask_id, dtype=torch.int64, device=device)
-    full[:, : given.shape[1]] = given
+    full[:, : given.shape[1]] = given.to(device)
     return full
 
 
@@ -150,7 +183,7 @@ class Run:
         self.batch, self.length = tokens.shape
         self.device = tokens.device
         self.nfe = 0
-        self.forward_seconds = self.sampling_seconds = 0.0
+        self.forward_time, self.sampling_time = Stopwatch(self.device), Stopwatch(self.device)
         self.decode_step = torch.full((self.batch, self.length), -1, dtype=torch.int64)
         self.logprob = torch.zeros(self.batch, self.length, device=self.device) if return_logprob else None
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=self.device)
@@ -165,6 +198,10 @@ class Run:
         if tensor.shape != (self.batch,):
             raise ValueError(f"{name}: must be a number or [batch] = [{self.batch}], got shape {tuple(tensor.shape)}")
         return tensor.to(self.device)
+
+    def on_device(self, values: np.ndarray) -> torch.Tensor:
+        """The values on the run's device. Nothing waits for the copy."""
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def new_cache(self) -> KVCache:
         """A cache for one generation with the network."""
@@ -181,31 +218,29 @@ class Run:
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, **options: object) -> torch.Tensor:
         """Hidden states [rows, hidden] of `network.forward`, the batch flattened; counts and times the pass."""
-        begin = time.perf_counter()
-        hidden = self.network.forward(tokens, positions, backend=self.backend, **options)
+        with self.forward_time:
+            hidden = self.network.forward(tokens, positions, backend=self.backend, **options)
         self.nfe += 1
-        self.forward_seconds += time.perf_counter() - begin
         return hidden.view(-1, hidden.shape[-1])
 
     def draw(self, hidden: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """int64 [n]: a token for each of hidden [n, hidden], at positions int64 [n] of batch rows int64 [n]."""
-        begin = time.perf_counter()
         network = self.network
-        result = unmask_sample(
-            hidden,
-            network.head_weight,
-            network.head_bias,
-            mask_id=network.config.mask_id,
-            seed=self.seeds.index_select(0, rows),
-            positions=positions,
-            return_logprob=self.logprob is not None,
-            backend=self.backend,
-            **self.constants,
-            **{name: values[rows] for name, values in self.per_row.items()},
-        )
-        if self.logprob is not None:
-            self.logprob[rows, positions] = result.logprob
-        self.sampling_seconds += time.perf_counter() - begin
+        with self.sampling_time:
+            result = unmask_sample(
+                hidden,
+                network.head_weight,
+                network.head_bias,
+                mask_id=network.config.mask_id,
+                seed=self.seeds.index_select(0, rows),
+                positions=positions,
+                return_logprob=self.logprob is not None,
+                backend=self.backend,
+                **self.constants,
+                **{name: values[rows] for name, values in self.per_row.items()},
+            )
+            if self.logprob is not None:
+                self.logprob[rows, positions] = result.logprob
         return result.tokens
 
     def report(self, index: int, phase: str, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -224,10 +259,10 @@ class Run:
             )
         return GenerationResult(
             tokens=tokens.clone(),
-            decode_step=self.decode_step.clone(),
+            decode_step=self.decode_step.to(tokens.device, copy=True),
             nfe=self.nfe,
             seconds=time.perf_counter() - self.start,
-            forward_seconds=self.forward_seconds,
-            sampling_seconds=self.sampling_seconds,
+            forward_seconds=self.forward_time.seconds(),
+            sampling_seconds=self.sampling_time.seconds(),
             logprob=None if self.logprob is None else self.logprob.clone(),
         )

@@ -11,6 +11,8 @@ model is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from esokern.attention import FLOAT_DTYPES
@@ -58,7 +60,7 @@ class KVCache:
         self.batch = batch
         self.max_seqlen = max_seqlen
         self.page_size = page_size
-        self._longest = 0  # no row is longer; kept on the host because reading a device tensor would stall it
+        self._bounds = [0] * batch  # no row is longer; kept on the host because reading a device tensor would stall it
         # Ordinary tensors even if made under inference_mode: a cache may outlive it.
         with torch.inference_mode(False):
             if page_size is None:
@@ -99,7 +101,11 @@ class KVCache:
     def longest(self) -> int:
         """Rows committed in the longest batch row; on other devices than the CPU an upper bound, read without
         a sync."""
-        return int(self.cache_seqlens.max()) if self.cache_seqlens.device.type == "cpu" else self._longest
+        return max(self._lengths())
+
+    def _lengths(self) -> list[int]:
+        """Rows committed in each batch row, or bounds of them where reading the device would stall it."""
+        return self.cache_seqlens.tolist() if self.cache_seqlens.device.type == "cpu" else self._bounds
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_cache and v_cache of one layer, [batch, max_seqlen, kv_heads, head_dim] or
@@ -117,12 +123,12 @@ class KVCache:
                 f"{rows} to append"
             )
 
-    def commit(self, num: int | torch.Tensor, *, at_most: int | None = None) -> None:
+    def commit(self, num: int | torch.Tensor, *, at_most: int | Sequence[int] | None = None) -> None:
         """Make the first `num` rows behind cache_seqlens final: cache_seqlens += num, in place.
 
-        num: int, or int32 [batch]. at_most: a host-side bound of num, needed if num is a tensor on another
-        device than the CPU (reading it would stall the device). Raises ValueError if the cache would
-        overflow; it is unchanged then.
+        num: int, or int32 [batch]. at_most: what num is at most, known to the host, one number or one per batch
+        row; needed if num is a tensor on another device than the CPU (reading it would stall the device), and
+        unused otherwise. Raises ValueError if the cache would overflow; it is unchanged then.
         """
         if isinstance(num, torch.Tensor):
             if num.dtype != torch.int32:
@@ -132,39 +138,41 @@ class KVCache:
             if num.device != self.cache_seqlens.device:
                 raise ValueError(f"KVCache.commit: num: must be on {self.cache_seqlens.device}, got {num.device}")
             if num.device.type == "cpu":
-                if int(num.min()) < 0:
-                    raise ValueError(f"KVCache.commit: num: must be at least 0, got {num.tolist()}")
-                after = int((self.cache_seqlens + num).max())
+                added = num.tolist()
+                if min(added) < 0:
+                    raise ValueError(f"KVCache.commit: num: must be at least 0, got {added}")
             elif at_most is None:
                 raise ValueError(f"KVCache.commit: at_most: must be given for a num on {num.device}")
             else:
-                after = self._longest + at_most
+                added = [at_most] * self.batch if isinstance(at_most, int) else list(at_most)
+                if len(added) != self.batch:
+                    raise ValueError(f"KVCache.commit: at_most: must be a number or {self.batch} of them, got {added}")
         elif isinstance(num, bool) or not isinstance(num, int):
             raise TypeError(f"KVCache.commit: num: must be an int or int32 [batch], got {type(num).__name__}")
         elif num < 0:
             raise ValueError(f"KVCache.commit: num: must be at least 0, got {num}")
         else:
-            after = self.longest + num
-        if after > self.max_seqlen:
-            got = num.tolist() if isinstance(num, torch.Tensor) else num
+            added = [num] * self.batch
+        after = [length + more for length, more in zip(self._lengths(), added, strict=True)]
+        if max(after) > self.max_seqlen:
             raise ValueError(
                 f"KVCache.commit: num: the cache holds max_seqlen = {self.max_seqlen} rows; got {self.longest} "
-                f"committed and {got} to commit"
+                f"committed and {added if isinstance(num, torch.Tensor) else num} to commit"
             )
         self.cache_seqlens += num
-        self._longest = after
+        self._bounds = after
 
     def crop(self, max_length: int) -> None:
         """Forget the committed rows from max_length on, in every batch row."""
         if not 0 <= max_length <= self.max_seqlen:
             raise ValueError(f"KVCache.crop: max_length: must lie in 0 .. {self.max_seqlen}, got {max_length}")
         self.cache_seqlens.clamp_(max=max_length)
-        self._longest = min(self._longest, max_length)
+        self._bounds = [min(bound, max_length) for bound in self._bounds]
 
     def reset(self) -> None:
         """Forget every row. The memory is kept; what lies in it is never read again."""
         self.cache_seqlens.zero_()
-        self._longest = 0
+        self._bounds = [0] * self.batch
 
     def __repr__(self) -> str:
         kind = "contiguous" if self.page_size is None else f"page_size={self.page_size}"

@@ -1,7 +1,7 @@
 """Fixtures of all tests: every back end and instruction set, one seed per test, no state left behind.
 
-The CUDA kernels run in every test of an op: on the host under the emulator ("cuda-emulated", tests/emulator), where
-`make emulator` has built it, and on a GPU ("cuda") where there is one.
+The CUDA kernels run in every test of an op: on the host under the emulator ("cuda-emulated", "cuda-race", see
+tests/emulator), where `make emulator` has built it, or on a GPU ("cuda") where there is one.
 """
 
 import importlib.machinery
@@ -50,40 +50,45 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
 
 
-def _emulated_module(name: str = os.environ.get("ESOKERN_EMULATED", "_cuda_emulated")):
-    """The CUDA kernels built for the host, or None. Other builds of them: ESOKERN_EMULATED=_cuda_emulated_race, ..."""
+def _emulated_modules() -> dict[str, object]:
+    """The builds of the CUDA kernels for the host by name: "emulated" and "race", or what ESOKERN_EMULATORS names."""
     folder = os.environ.get("ESOKERN_EMULATOR_DIR", pathlib.Path(__file__).parent.parent / "build" / "emulator")
-    found = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
-    if found is None:
-        return None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    modules = {}
+    for name in os.environ.get("ESOKERN_EMULATORS", "emulated,race").split(","):
+        found = importlib.machinery.PathFinder.find_spec(f"_cuda_{name}", [str(folder)])
+        if found is not None:
+            modules[name] = importlib.util.module_from_spec(found)
+            found.loader.exec_module(modules[name])
+    return modules
 
 
 GPU = torch.cuda.is_available() and backends.cuda_architectures() is not None
-EMULATED = None if GPU else _emulated_module()
-if EMULATED is not None:
-    backends.emulate_cuda(EMULATED)
+EMULATED = {} if GPU else _emulated_modules()
+_SCHEDULES = ("in_order", "reverse", "random", "starving")
 
 
 @pytest.fixture(
     params=[
         "reference",
         *(f"cpu-{isa}" for isa in backends.supported_isas()),
-        *(["cuda-emulated"] if EMULATED is not None else []),
+        *(f"cuda-{name}" for name in EMULATED),
         *(["cuda"] if GPU else []),
     ]
 )
 def backend(request: pytest.FixtureRequest):
     """Each back end by the name that ops take; the compiled CPU one once per instruction set.
 
-    For "cuda" all tensors that a test makes without naming a device are on the GPU.
+    "cuda-emulated" and "cuda-race" are the CUDA kernels on the host, each test under another schedule of threads. For
+    "cuda" all tensors that a test makes without naming a device are on the GPU.
     """
-    name, _, isa = request.param.partition("-")
+    name, _, variant = request.param.partition("-")
     before = backends.get_isa()
     if name == "cpu":
-        backends.set_isa(isa)
+        backends.set_isa(variant)
+    elif variant:
+        seed = zlib.crc32(request.node.nodeid.encode())
+        EMULATED[variant].set_schedule(_SCHEDULES[seed % len(_SCHEDULES)], seed)
+        backends.emulate_cuda(EMULATED[variant])
     with torch.device("cuda" if request.param == "cuda" else "cpu"):
         yield name
     backends.set_isa(before)

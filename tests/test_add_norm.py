@@ -84,7 +84,9 @@ def test_out_is_a_function_of_the_returned_sum(backend, hidden, dtype):
     assert same is total
     assert same_bits(again, out)
     x, options = inputs(3, hidden, dtype)
-    assert same_bits(add_norm(x, **options, return_sum=False, backend=backend), add_norm(x, **options, backend=backend)[0])
+    assert same_bits(
+        add_norm(x, **options, return_sum=False, backend=backend), add_norm(x, **options, backend=backend)[0]
+    )
 
 
 def test_normalises_as_fused_linear_does(backend):
@@ -171,7 +173,9 @@ def test_leading_dimensions(backend):
     out, total = add_norm(x.view(2, 3, 4, 16), **options, backend=backend)
     assert same_bits(out.view(24, 16), expected)
     assert same_bits(total.view(24, 16), expected_sum)
-    one, _ = add_norm(x[0], options["residual"][0, 0, 0], weight=options["weight"], bias=options["bias"], backend=backend)
+    one, _ = add_norm(
+        x[0], options["residual"][0, 0, 0], weight=options["weight"], bias=options["bias"], backend=backend
+    )
     torch.testing.assert_close(one, expected[0])
     table, options = inputs(24, 16, names=OPTIONS["tokens"])
     tokens = options["tokens"].view(4, 6)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -690,15 +691,34 @@ VALUE_ERRORS = {
 
 @pytest.mark.parametrize("case", VALUE_ERRORS)
 def test_value_errors(backend, case):
-    """Values are checked on every back end, before anything is written, and named."""
+    """Values are checked on every back end, before anything is written, and named where the host can see them."""
     options, message = VALUE_ERRORS[case]
-    fails(backend, ValueError, message, **options)
+    if backend != "cuda":
+        fails(backend, ValueError, message, **options)
+        return
+    # A GPU does not stop for the host: the batch row that is wrong becomes NaN, and nothing of it is written.
+    bad = int(re.search(r"\[(\d)", message)[1])
+    call = make_call([5, 2], 3, **with_rotary(16, 2, 3))
+    options = {name: value.to(call.q.device) if name != "mask" else value for name, value in options.items()}
+    call.cache_seqlens = options.pop("cache_seqlens", call.cache_seqlens)
+    result = call.run(backend, commit="slots" not in options, **options)
+    assert result.out[bad].isnan().all()
+    assert result.lse[bad].isnan().all()
+    assert not result.out[1 - bad].isnan().any()
+    assert same_bits(result.k_cache[bad], call.k_cache[bad])
+    assert same_bits(result.v_cache[bad], call.v_cache[bad])
+    assert result.cache_seqlens[bad] == call.cache_seqlens[bad]
 
 
 def test_packed_value_errors(backend):
     call = make_call([5, 2], 3)
     packed = Call(*(x.flatten(0, 1) for x in (call.q, call.k, call.v)), *dataclasses.astuple(call)[3:])
     for ends in ((0, 7, 6), (1, 2, 6), (0, 3, 5)):
+        if backend == "cuda":
+            result = packed.run(backend, cu_seqlens_q=ints(*ends))
+            assert result.out.isnan().all()
+            assert same_bits(result.k_cache, packed.k_cache)
+            continue
         with pytest.raises(ValueError, match="cu_seqlens_q: must rise from 0 to 6"):
             packed.run(backend, cu_seqlens_q=ints(*ends))
 

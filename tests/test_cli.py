@@ -80,6 +80,8 @@ def test_generate_batch_live_and_standard_input(model, capsys, monkeypatch):
         (["--top-p", "0"], "top_p"),
         (["--temperature", "nan"], "temperature"),
         (["--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["--device", "tpu"], "--device: got 'tpu', supported are cpu, cuda and cuda:N"),
+        (["--device", "cuda:x"], "--device: got 'cuda:x', supported are"),
         (["--batch", "0"], "batch: must be an integer of at least 1, got 0"),
     ],
 )
@@ -110,12 +112,37 @@ def test_info(capsys):
         assert any(line.startswith(name) for line in out.splitlines()), name
 
 
+@pytest.mark.parametrize("command", ["generate", "bench"])
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "architectures", "message"),
+    [
+        (["--device", "cuda"], 0, None, f"--device cuda: torch {torch.__version__} "),
+        (["--backend", "cuda"], 0, None, f"--device cuda: torch {torch.__version__} "),
+        (["--device", "cuda:1"], 1, "90-real", "--device cuda:1: there are 1 GPUs, counted from 0"),
+        (["--device", "cuda:0"], 1, None, "--device cuda:0: this installation has no CUDA kernels (see esokern info)"),
+        (["--device", "cpu", "--backend", "cuda"], 0, None, "no compiled back end 'cuda' for device cpu"),
+    ],
+)
+def test_no_gpu(model, capsys, monkeypatch, command, arguments, gpus, architectures, message):
+    monkeypatch.setitem(cli.backends._DEVICE_TYPE, "cuda", "cuda")  # the emulator takes CPU tensors
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(cli.backends, "cuda_architectures", lambda: architectures)
+    assert cli.main([command, "--checkpoint", model, "--length", "9", *arguments]) == 2
+    out = capsys.readouterr()
+    assert message in out.err
+    assert len(out.err.splitlines()) == 1
+
+
 def test_info_says_what_is_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli.backends, "supported_isas", lambda: ["generic"])
+    monkeypatch.setattr(cli.backends, "cuda_architectures", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(pretrained, "DEFAULT_MODEL", tmp_path)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "avx2: this CPU does not have it" in out
+    assert "cuda kernels       missing: when esokern was built there was no GPU or no nvcc\n" in out
     assert f"default model      missing ({tmp_path})" in out
 
 

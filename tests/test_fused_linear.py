@@ -56,8 +56,16 @@ def test_options(backend, options, dtype):
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"),
     [
-        (1, 1, 1), (1, 256, 768), (2, 7, 31), (3, 129, 16), (8, 64, 65), (16, 33, 257), (17, 512, 48), (20, 64, 136),
-        (130, 40, 34), (150, 72, 264),
+        (1, 1, 1),
+        (1, 256, 768),
+        (2, 7, 31),
+        (3, 129, 16),
+        (8, 64, 65),
+        (16, 33, 257),
+        (17, 512, 48),
+        (20, 64, 136),
+        (130, 40, 34),
+        (150, 72, 264),
     ],  # fmt: skip
 )
 def test_shapes(backend, rows, in_features, out_features, dtype):

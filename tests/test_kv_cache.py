@@ -77,6 +77,13 @@ def test_bounds_are_kept_without_reading_the_device():
         cache.check_room(4)
     cache.crop(6)
     assert cache.longest == 6
+    cache.commit(torch.ones(2, dtype=torch.int32, device="meta"), at_most=[0, 4])
+    cache.commit(torch.ones(2, dtype=torch.int32, device="meta"), at_most=[4, 0])
+    assert cache.longest == 10  # of one row; the maxima of the calls add up to more
+    with pytest.raises(ValueError, match=r"got 10 committed and \[0, 1\] to commit"):
+        cache.commit(torch.ones(2, dtype=torch.int32, device="meta"), at_most=[0, 1])
+    with pytest.raises(ValueError, match=r"at_most: must be a number or 2 of them, got \[1\]"):
+        cache.commit(torch.ones(2, dtype=torch.int32, device="meta"), at_most=[1])
     with pytest.raises(ValueError, match="at_most: must be given for a num on meta"):
         cache.commit(torch.ones(2, dtype=torch.int32, device="meta"))
     repr(cache)

@@ -49,8 +49,9 @@ void launch(const AddNormArgs& args, int64_t rows, int64_t hidden) {
     float* row_values = values.data + (tasks == 1 ? 0 : thread_index()) * padded;
     for (int64_t r = task * task_rows; r < rows && r < (task + 1) * task_rows; ++r) {
       const int64_t from = tokens == nullptr ? r : tokens[r * args.tokens.stride[0]];
-      add_row(x + from * args.x.stride[0], residual == nullptr ? nullptr : residual + r * args.residual.stride[0],
-              hidden, sum == nullptr ? nullptr : sum + r * args.sum.stride[0], row_values);
+      add_row(x + from * args.x.stride[0],
+              residual == nullptr ? nullptr : residual + r * args.residual.stride[0], hidden,
+              sum == nullptr ? nullptr : sum + r * args.sum.stride[0], row_values);
       normalize_row(row_values, hidden, args.eps, weight, bias, out + r * args.out.stride[0]);
     }
   });
@@ -65,7 +66,8 @@ void add_norm(const AddNormArgs& args) {
     const int64_t* tokens = args.tokens.ptr<int64_t>();
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = tokens[r * args.tokens.stride[0]];
-      ESOKERN_CHECK(token >= 0 && token < args.x.shape[0], "add_norm: tokens: each must be a row of x", token);
+      ESOKERN_CHECK(token >= 0 && token < args.x.shape[0], "add_norm: tokens: each must be a row of x",
+                    token);
     }
   }
   if (rows == 0 || hidden == 0) return;

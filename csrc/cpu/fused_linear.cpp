@@ -62,7 +62,8 @@ void launch(const FusedLinearArgs& args) {
 
   const auto normalize_block = [&](int64_t block) {
     for (int64_t r = block * kGemmRows; r < rows && r < (block + 1) * kGemmRows; ++r)
-      normalize_row<T, T>(x + r * ld_x, depth, args.normalize_eps, nullptr, nullptr, normalized.data + r * depth);
+      normalize_row<T, T>(x + r * ld_x, depth, args.normalize_eps, nullptr, nullptr,
+                          normalized.data + r * depth);
   };
   const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows;
   const auto task = [&](int64_t index) {

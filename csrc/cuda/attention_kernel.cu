@@ -296,7 +296,7 @@ __device__ __forceinline__ void store_rows(const AttentionProblem& p, const Plac
 }
 
 template <class T, int kHeadDim, bool kFew>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const AttentionProblem p) {
+__global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) attention_kernel(const AttentionProblem p) {
   using Tile = Tile<T, kHeadDim, kFew>;
   constexpr int kSlots = Tile::kSlots, kBlockKV = Tile::kBlockKV;
   const Place place = find_place<T, kFew>(p);
@@ -321,46 +321,47 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const AttentionProb
       ranked ? p.rank_ranges + 2 * (place.b * p.rank_tiles + seq.first_key / kRankTile) : nullptr;
   TileWalk<kBlockKV> ahead(hull, rank_ranges, seq.keys);
   int ahead_split = blockIdx.y, ahead_slot = 0;
-  bool ahead_values = false;
   ahead.start(ahead_split, splits);
-  const auto load_next = [&] {
-    if (!ahead_values)
-      while (!ahead.find()) {
-        if (ahead_split >= splits.count) break;
-        ahead_split += gridDim.y;
-        if (ahead_split < splits.count) ahead.start(ahead_split, splits);
-      }
+  const auto load_keys = [&] {
+    while (ahead_split < splits.count && !ahead.find()) {
+      ahead_split += gridDim.y;
+      if (ahead_split < splits.count) ahead.start(ahead_split, splits);
+    }
     if (ahead_split < splits.count) {
-      const int32_t begin = ahead.tile * kBlockKV;
-      T* to = smem.ring + ahead_slot * kBlockKV * kHeadDim;
-      if (ahead_values) {
-        load_tile<Tile>(to, values, begin, ahead.end_key, p.head_dim, p.v.aligned);
-        ++ahead.tile;
-      } else {
-        load_tile<Tile>(to, keys, begin, ahead.end_key, p.head_dim, p.k.aligned);
-        const int j = begin + static_cast<int>(threadIdx.x);
-        if (ranked && threadIdx.x < kBlockKV)
-          copy_async_4(smem_address(smem.rank + ahead_slot * kBlockKV + threadIdx.x),
-                       p.k_rank.data + place.b * p.k_rank.batch +
-                           (j < ahead.end_key ? seq.first_key + j : 0) * p.k_rank.row,
-                       j < ahead.end_key);
-      }
-      ahead_values = !ahead_values;
-      ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
+      const int32_t begin = ahead.tile * kBlockKV, j = begin + static_cast<int32_t>(threadIdx.x);
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, keys, begin, ahead.end_key, p.head_dim, p.k.aligned);
+      if (ranked && threadIdx.x < kBlockKV)
+        copy_async_4(smem_address(smem.rank + ahead_slot * kBlockKV + threadIdx.x),
+                     p.k_rank.data + place.b * p.k_rank.batch +
+                         (j < ahead.end_key ? seq.first_key + j : 0) * p.k_rank.row,
+                     j < ahead.end_key);
     }
     copy_async_commit();
+    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
+  };
+  const auto load_values = [&] {
+    if (ahead_split < splits.count)
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, values, ahead.tile * kBlockKV, ahead.end_key,
+                      p.head_dim, p.v.aligned);
+    copy_async_commit();
+    ++ahead.tile;
+    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
   };
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) load_next();
+  for (int i = 0; i < (kSlots - 1) / 2; ++i) {
+    load_keys();
+    load_values();
+  }
+  if constexpr (kSlots % 2 == 0) load_keys();
 
   load_queries<Tile, T>(p, place, kv_head, smem);
   block_sync();
   const T* query = smem.query + first_row * kHeadDim;
-  uint32_t kept[Tile::kKeepQuery ? Tile::kChunks / 2 : 1][4];
-  if constexpr (!kIsFloat<T> && Tile::kKeepQuery) {
+  uint32_t kept[Tile::kKept][4];
+  if constexpr (Tile::kKeepQuery) {
+    const uint32_t place = smem_address(query + Tile::at(lane / 8 % 2 * 8 + lane % 8, lane / 16));
 #pragma unroll
-    for (int k = 0; k < Tile::kChunks / 2; ++k)
-      ldmatrix_x4(kept[k], smem_address(query + Tile::at(lane / 8 % 2 * 8 + lane % 8, 2 * k + lane / 16)));
+    for (int k = 0; k < Tile::kKept; ++k) ldmatrix_x4(kept[k], Tile::further(place, 2 * k, 16));
   }
   QueryRange range[2];
 #pragma unroll
@@ -371,11 +372,10 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const AttentionProb
 
   TileWalk<kBlockKV> walk(hull, rank_ranges, seq.keys);
   int slot = 0;
-  const auto next_tile = [&]() -> const T* {
+  // Waits for a tile; then the one before it, which all warps have left, is loaded with what comes kSlots - 1 later.
+  const auto arrived = [&] {
     copy_async_wait<kSlots - 2>();
     block_sync();
-    load_next();  // into the tile before this one, which all warps have left
-    return smem.ring + slot * kBlockKV * kHeadDim;
   };
   const auto leave_tile = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
 #pragma unroll 1
@@ -389,11 +389,20 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const AttentionProb
 #pragma unroll 1
     for (walk.start(split, splits); walk.find(); ++walk.tile) {
       float scores[Tile::kKeyTiles][4];
-      const T* tile = next_tile();
-      if (!kIsFloat<T> && p.rotary.half > 0)
-        score_tile<Tile, true>(scores, kept, query, smem.query_rest + first_row * kHeadDim, tile, first_key);
+#pragma unroll
+      for (int n = 0; n < Tile::kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+      arrived();
+      if constexpr (kSlots % 2 == 0) load_values();
+      else load_keys();
+      const T* tile = smem.ring + slot * kBlockKV * kHeadDim;
+      if constexpr (kIsFloat<T>)
+        score_floats<Tile>(scores, query, tile, first_key);
+      else if (p.rotary.half > 0)
+        score_halves<Tile, true>(scores, kept, query, smem.query_rest + first_row * kHeadDim, tile, first_key);
       else
-        score_tile<Tile, false>(scores, kept, query, query, tile, first_key);
+        score_halves<Tile, false>(scores, kept, query, query, tile, first_key);
       if (!walk.unmasked()) {
 #pragma unroll
         for (int n = 0; n < Tile::kKeyTiles; ++n)
@@ -413,7 +422,14 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const AttentionProb
       for (int n = 0; n < Tile::kColumnTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
-      add_values<Tile>(out, scores, next_tile(), first_key);
+      arrived();
+      if constexpr (kSlots % 2 == 0) load_keys();
+      else load_values();
+      tile = smem.ring + slot * kBlockKV * kHeadDim;
+      if constexpr (kIsFloat<T>)
+        add_floats<Tile>(out, scores, tile, first_key);
+      else
+        add_halves<Tile, kFew>(out, scores, tile, first_key);
       leave_tile();
     }
 #pragma unroll

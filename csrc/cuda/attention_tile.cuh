@@ -27,6 +27,8 @@ struct Tile {
       kIsFloat<T> ? (kHeadDim <= 96 ? 64 : 32) : (!kFew && kHeadDim == 256 ? 32 : 64);
   static constexpr int kWarpKeys = kFew ? kBlockKV / kWarps : kBlockKV;
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kHeadDim / 8;
+  static constexpr int kRow = kHeadDim;
+  static constexpr int kBlocks = 1;  // per multiprocessor, at least
   static constexpr int kMergeStride = kHeadDim + 8;  // floats; eight rows lie in different banks
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kHeadDim / kChunkElements;
@@ -37,13 +39,21 @@ struct Tile {
                                 : kTileBytes <= 8192  ? 6
                                 : kTileBytes <= 16384 ? 4
                                                       : 3;
-  static constexpr bool kKeepQuery = kHeadDim <= 128;  // query fragments stay in registers
+  static constexpr bool kKeepQuery = !kIsFloat<T> && kHeadDim <= 128;  // query fragments stay in registers
+  static constexpr int kKept = kKeepQuery ? kHeadDim / 16 : 1;
 
-  // Element (row, chunk) of a tile, in elements.
+  // Element (row, chunk) of a tile: chunks change places within groups of eight, or of four where rows end there.
+  static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
   __device__ __forceinline__ static int at(int row, int chunk) {
-    const int swizzled = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+    const int swizzled = kGroup == 8 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
     return row * kHeadDim + swizzled * kChunkElements;
   }
+  // From the place of (row, 0 or 1) to that of (row, `chunk` more), chunk even and constant; in units of `unit`
+  // per chunk. Rows 8 n further lie 8 n kHeadDim elements further.
+  __device__ __forceinline__ static uint32_t further(uint32_t place, int chunk, int unit) {
+    return (place ^ static_cast<uint32_t>(chunk % kGroup * unit)) + static_cast<uint32_t>(chunk / kGroup * kGroup * unit);
+  }
+  static constexpr int kEightRows = 8 * kHeadDim * static_cast<int>(sizeof(T));  // bytes
 
   struct Smem {
     T* ring;
@@ -54,6 +64,7 @@ struct Tile {
     float* row_max;  // [kWarps][kLanes]
     float* row_sum;
 
+#pragma nv_exec_check_disable
     template <class Source>
     __host__ __device__ Smem(Source& source, bool rotation)
         : ring(source.template take<T>(kSlots * kBlockKV * kHeadDim)),
@@ -87,22 +98,36 @@ struct KeyRows {
   }
 };
 
-// Starts the copies of rows [begin, begin + kBlockKV) into `tile`; zeros at and past `end` and head_dim.
+// Starts the copies of rows [begin, begin + kBlockKV) into `tile`; zeros at and past `end` and head_dim. A thread has one
+// place in a group of chunks and every kRowsAtOnce-th row, so that its swizzle never changes.
 template <class Tile, class T>
 __device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32_t begin, int32_t end,
                                           int head_dim, bool aligned) {
+  constexpr int kRowsAtOnce = kThreads / Tile::kGroup, kStep = Tile::kGroup * Tile::kChunkElements;
+  const int row = threadIdx.x / Tile::kGroup, chunk = threadIdx.x % Tile::kGroup;
+  const int column = chunk * Tile::kChunkElements;
+  T* to = tile + Tile::at(row, chunk);
+  if (aligned) {
+    const uint32_t place = smem_address(to);
 #pragma unroll
-  for (int at = 0; at < Tile::kBlockKV * Tile::kChunks; at += kThreads) {
-    const int item = at + static_cast<int>(threadIdx.x);
-    const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
-    const int column = chunk * Tile::kChunkElements;
-    const bool valid = begin + row < end && column < head_dim;
-    const T* from = valid ? rows.at(begin + row) + column : rows.first;
-    T* to = tile + Tile::at(row, chunk);
-    if (aligned) {
-      copy_async_16(smem_address(to), from, valid);
-    } else {
-      for (int e = 0; e < Tile::kChunkElements; ++e) to[e] = valid ? from[e] : T{};
+    for (int pass = 0; pass < Tile::kBlockKV; pass += kRowsAtOnce) {
+      const int32_t j = begin + row + pass;
+      const T* from = rows.at(j < end ? j : begin) + column;
+#pragma unroll
+      for (int c = 0; c < Tile::kRow; c += kStep)
+        copy_async_16(place + static_cast<int>(sizeof(T)) * (pass * Tile::kRow + c), from + c,
+                      j < end && column + c < head_dim);
+    }
+  } else {
+#pragma unroll 1
+    for (int pass = 0; pass < Tile::kBlockKV; pass += kRowsAtOnce) {
+      const int32_t j = begin + row + pass;
+      const T* from = rows.at(j < end ? j : begin) + column;
+#pragma unroll 1
+      for (int c = 0; c < Tile::kRow; c += kStep)
+#pragma unroll 1
+        for (int e = 0; e < Tile::kChunkElements; ++e)
+          to[pass * Tile::kRow + c + e] = j < end && column + c < head_dim ? from[c + e] : T{};
     }
   }
 }
@@ -110,104 +135,129 @@ __device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32
 struct alignas(16) Float4 {
   float x[4];
 };
+struct alignas(8) Float2 {
+  float x[2];
+};
 __device__ __forceinline__ float dot(const Float4& a, const Float4& b, float sum) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum += a.x[i] * b.x[i];
   return sum;
 }
 
-// scores[n] = queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile.
-template <class Tile, bool kRest, class T>
-__device__ __forceinline__ void score_tile(
-    float (&scores)[Tile::kKeyTiles][4], const uint32_t (&kept)[Tile::kKeepQuery ? Tile::kChunks / 2 : 1][4],
-    const T* query, const T* query_rest, const T* keys, int first_key) {
-  const int lane = threadIdx.x % kWarpSize, quarter = lane / 8, r = lane % 8;
+// scores[n] = queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile, for float32.
+template <class Tile>
+__device__ __forceinline__ void score_floats(float (&scores)[Tile::kKeyTiles][4], const float* query,
+                                             const float* keys, int first_key) {
+  const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
+  // Rows g and g + 8, and so all keys 8 n + 2 t and 8 n + 2 t + 1, have one swizzle each.
+  const uint32_t query_at = Tile::at(g, 0);
+  const uint32_t key_at[2] = {static_cast<uint32_t>(Tile::at(first_key + 2 * t, 0)),
+                              static_cast<uint32_t>(Tile::at(first_key + 2 * t + 1, 0))};
+#pragma unroll 1
+  for (int group = 0; group < Tile::kChunks; group += 8)
 #pragma unroll
-  for (int n = 0; n < Tile::kKeyTiles; ++n)
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      const float* row = query + group * 4 + (query_at ^ chunk * 4);
+      const Float4 low = *reinterpret_cast<const Float4*>(row);
+      const Float4 high = *reinterpret_cast<const Float4*>(row + 8 * Tile::kRow);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
-  if constexpr (kIsFloat<T>) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 4
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      const Float4 low = *reinterpret_cast<const Float4*>(query + Tile::at(g, chunk));
-      const Float4 high = *reinterpret_cast<const Float4*>(query + Tile::at(g + 8, chunk));
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int n = 0; n < Tile::kKeyTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Float4 key =
-              *reinterpret_cast<const Float4*>(keys + Tile::at(first_key + 8 * n + 2 * t + i, chunk));
+        for (int n = 0; n < Tile::kKeyTiles; ++n) {
+          const Float4 key = *reinterpret_cast<const Float4*>(keys + group * 4 + (key_at[i] ^ chunk * 4) +
+                                                              8 * n * Tile::kRow);
           scores[n][i] = dot(low, key, scores[n][i]);
           scores[n][2 + i] = dot(high, key, scores[n][2 + i]);
         }
     }
-  } else {
-    const int query_row = (quarter & 1) * 8 + r, query_half = quarter >> 1;
-    const int key_row = first_key + (quarter >> 1) * 8 + r, key_half = quarter & 1;
+}
+
+// The same for halves. `query_rest` with kRest only.
+template <class Tile, bool kRest, class T>
+__device__ __forceinline__ void score_halves(float (&scores)[Tile::kKeyTiles][4],
+                                             const uint32_t (&kept)[Tile::kKept][4], const T* query,
+                                             const T* query_rest, const T* keys, int first_key) {
+  const int quarter = threadIdx.x % kWarpSize / 8, r = threadIdx.x % 8;
+  const int query_at = Tile::at((quarter & 1) * 8 + r, quarter >> 1);
+  const uint32_t query_place = smem_address(query + query_at);
+  const uint32_t rest_place = smem_address(query_rest + query_at);
+  const uint32_t key_place = smem_address(keys + Tile::at(first_key + (quarter >> 1) * 8 + r, quarter & 1));
 #pragma unroll
-    for (int k = 0; k < Tile::kChunks / 2; ++k) {
-      uint32_t a[4], rest[4];
-      if constexpr (Tile::kKeepQuery) {
+  for (int k = 0; k < Tile::kChunks; k += 2) {
+    uint32_t a[4], rest[4];
+    if constexpr (Tile::kKeepQuery) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = kept[k][i];
-      } else {
-        ldmatrix_x4(a, smem_address(query + Tile::at(query_row, 2 * k + query_half)));
+      for (int i = 0; i < 4; ++i) a[i] = kept[k / 2][i];
+    } else {
+      ldmatrix_x4(a, Tile::further(query_place, k, 16));
+    }
+    if constexpr (kRest) ldmatrix_x4(rest, Tile::further(rest_place, k, 16));
+#pragma unroll
+    for (int n = 0; n < Tile::kKeyTiles; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, Tile::further(key_place, k, 16) + n * Tile::kEightRows);
+      if constexpr (kRest) {
+        mma_m16n8k16<T>(scores[n], rest, b[0], b[1]);
+        mma_m16n8k16<T>(scores[n + 1], rest, b[2], b[3]);
       }
-      if constexpr (kRest)
-        ldmatrix_x4(rest, smem_address(query_rest + Tile::at(query_row, 2 * k + query_half)));
-#pragma unroll
-      for (int n = 0; n < Tile::kKeyTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, smem_address(keys + Tile::at(key_row + 8 * n, 2 * k + key_half)));
-        if constexpr (kRest) {
-          mma_m16n8k16<T>(scores[n], rest, b[0], b[1]);
-          mma_m16n8k16<T>(scores[n + 1], rest, b[2], b[3]);
-        }
-        mma_m16n8k16<T>(scores[n], a, b[0], b[1]);
-        mma_m16n8k16<T>(scores[n + 1], a, b[2], b[3]);
-      }
+      mma_m16n8k16<T>(scores[n], a, b[0], b[1]);
+      mma_m16n8k16<T>(scores[n + 1], a, b[2], b[3]);
     }
   }
 }
 
 // out += weights times values [first_key, first_key + kWarpKeys) of the tile.
-template <class Tile, class T>
-__device__ __forceinline__ void add_values(float (&out)[Tile::kColumnTiles][4],
-                                           const float (&weights)[Tile::kKeyTiles][4], const T* values,
+template <class Tile>
+__device__ __forceinline__ void add_floats(float (&out)[Tile::kColumnTiles][4],
+                                           const float (&weights)[Tile::kKeyTiles][4], const float* values,
                                            int first_key) {
-  const int lane = threadIdx.x % kWarpSize, quarter = lane / 8, r = lane % 8;
-  if constexpr (kIsFloat<T>) {
-    const int t = lane % 4;
+  const int lane = threadIdx.x % kWarpSize, t = lane % 4;
 #pragma unroll
-    for (int key = 0; key < Tile::kWarpKeys; ++key) {
-      const int owner = lane - t + key % 8 / 2;
-      const float low = shfl(weights[key / 8][key % 2], owner);
-      const float high = shfl(weights[key / 8][2 + key % 2], owner);
+  for (int key = 0; key < Tile::kWarpKeys; ++key) {
+    const int owner = lane - t + key % 8 / 2;
+    const float low = shfl(weights[key / 8][key % 2], owner);
+    const float high = shfl(weights[key / 8][2 + key % 2], owner);
+    // Columns 8 n + 2 t lie in chunk 2 n + t / 2, which the swizzle moves to (2 n ^ key & 6) + (t / 2 ^ key & 1).
+    const float* row = values + (first_key + key) * Tile::kRow + ((t / 2 ^ (key & 1)) * 4 + t % 2 * 2);
 #pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; ++n) {
-        const T* value = values + Tile::at(first_key + key, 2 * n + t / 2) + t % 2 * 2;
+    for (int n = 0; n < Tile::kColumnTiles; ++n) {
+      const Float2 value = *reinterpret_cast<const Float2*>(row + (2 * n ^ (key & 6)) * 4);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          out[n][i] += low * value[i];
-          out[n][2 + i] += high * value[i];
-        }
+      for (int i = 0; i < 2; ++i) {
+        out[n][i] += low * value.x[i];
+        out[n][2 + i] += high * value.x[i];
       }
     }
-  } else {
-    const int row = first_key + (quarter & 1) * 8 + r, half = quarter >> 1;
+  }
+}
+
+// The same for halves. kRest: add too what rounding takes from the weights.
+template <class Tile, bool kRest, class T>
+__device__ __forceinline__ void add_halves(float (&out)[Tile::kColumnTiles][4],
+                                           const float (&weights)[Tile::kKeyTiles][4], const T* values,
+                                           int first_key) {
+  const int quarter = threadIdx.x % kWarpSize / 8, r = threadIdx.x % 8;
+  const uint32_t place = smem_address(values + Tile::at(first_key + (quarter & 1) * 8 + r, quarter >> 1));
 #pragma unroll
-    for (int k = 0; k < Tile::kKeyTiles; k += 2) {
-      const uint32_t a[4] = {pack<T>(weights[k][0], weights[k][1]), pack<T>(weights[k][2], weights[k][3]),
-                             pack<T>(weights[k + 1][0], weights[k + 1][1]),
-                             pack<T>(weights[k + 1][2], weights[k + 1][3])};
+  for (int k = 0; k < Tile::kKeyTiles; k += 2) {
+    uint32_t a[4], rest[4];
 #pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, smem_address(values + Tile::at(row + 8 * k, n + half)));
-        mma_m16n8k16<T>(out[n], a, b[0], b[1]);
-        mma_m16n8k16<T>(out[n + 1], a, b[2], b[3]);
+    for (int i = 0; i < 4; ++i) {
+      const float low = weights[k + i / 2][i % 2 * 2], high = weights[k + i / 2][i % 2 * 2 + 1];
+      a[i] = pack<T>(low, high);
+      if constexpr (kRest)
+        rest[i] = pack<T>(low - to_float(from_float<T>(low)), high - to_float(from_float<T>(high)));
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::kColumnTiles; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, Tile::further(place, n, 16) + k * Tile::kEightRows);
+      if constexpr (kRest) {
+        mma_m16n8k16<T>(out[n], rest, b[0], b[1]);
+        mma_m16n8k16<T>(out[n + 1], rest, b[2], b[3]);
       }
+      mma_m16n8k16<T>(out[n], a, b[0], b[1]);
+      mma_m16n8k16<T>(out[n + 1], a, b[2], b[3]);
     }
   }
 }

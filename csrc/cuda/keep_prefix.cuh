@@ -58,29 +58,16 @@ __device__ __forceinline__ int count_bits(uint32_t x) {
 }
 
 struct FilterSmem {
-  int32_t *low, *high;  // [kBins][kCopies]: halves of the bins
-  uint64_t* warp_mass;  // [kFilterWarps]
-  float* warp_value;    // [kFilterWarps]
-  int32_t* chosen;      // one word
-  uint64_t *before, *mass;
-  template <class Source>
-#if defined(__CUDACC__)
-  __host__ __device__
-#endif
-      explicit FilterSmem(Source& source)
-      : low(source.template take<int32_t>(kBins * kCopies)),
-        high(source.template take<int32_t>(kBins * kCopies)),
-        warp_mass(source.template take<uint64_t>(kFilterWarps)),
-        warp_value(source.template take<float>(kFilterWarps)),
-        chosen(source.template take<int32_t>(1)),
-        before(source.template take<uint64_t>(1)),
-        mass(source.template take<uint64_t>(1)) {
-  }
+  int32_t low[kBins * kCopies], high[kBins * kCopies];  // halves of the bins
+  uint64_t warp_mass[kFilterWarps];
+  float warp_value[kFilterWarps];
+  uint64_t before, mass;
+  int32_t chosen;
 };
 
 // reduce over the block, the same value for all threads.
 template <class Reduce>
-__device__ __forceinline__ float reduce_block(float x, const FilterSmem& smem, const Reduce& reduce) {
+__device__ __forceinline__ float reduce_block(float x, FilterSmem& smem, const Reduce& reduce) {
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) x = reduce(x, shfl_xor(x, lanes));
   block_sync();
@@ -107,21 +94,17 @@ struct Candidates {
   const float* x;
   int64_t count;  // whole tiles
   float top, temperature;
-  bool by_mass;   // or by count
+  double unit;    // what the largest logit weighs; 0 = masses are counts
   Prefix within;  // candidates are this prefix only
 
-  // In units of 2^-62 of `count` rounded up to a power of two.
   __device__ __forceinline__ uint64_t mass(float v) const {
-    if (!by_mass) return 1;
+    if (unit == 0.0) return 1;
     const float t = (v - top) / temperature;
-    if (!(t > -45.0f)) return 0;
-    int bits = 62;
-    for (int64_t room = 1; room < count; room *= 2) --bits;
-    return static_cast<uint64_t>(exp(static_cast<double>(t)) * static_cast<double>(uint64_t{1} << bits));
+    return t > -45.0f ? static_cast<uint64_t>(exp(static_cast<double>(t)) * unit) : 0;
   }
 };
 
-__device__ __forceinline__ void add_mass(const FilterSmem& smem, int bin, uint64_t mass) {
+__device__ __forceinline__ void add_mass(FilterSmem& smem, int bin, uint64_t mass) {
   const int at = bin * kCopies + static_cast<int>(threadIdx.x % kCopies);
   const uint32_t low = static_cast<uint32_t>(mass);
   const uint32_t old = static_cast<uint32_t>(atomic_add(smem.low + at, static_cast<int32_t>(low)));
@@ -131,7 +114,7 @@ __device__ __forceinline__ void add_mass(const FilterSmem& smem, int bin, uint64
 
 // The shortest prefix of the candidates that holds `share` of their mass (or, by count, `share` of them), at least one
 // of them. ties = kAllTies if it holds all that are equal to its last one. For all threads of the block.
-__device__ inline Prefix shortest_prefix(const Candidates& from, double share, const FilterSmem& smem) {
+__device__ __forceinline__ Prefix shortest_prefix(const Candidates& from, double share, FilterSmem& smem) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   uint32_t pattern = 0;
   uint64_t before = 0, mass = 0;
@@ -141,7 +124,7 @@ __device__ inline Prefix shortest_prefix(const Candidates& from, double share, c
     const uint32_t mask = shift == 24 ? 0u : ~0u << (shift + 8);
     block_sync();
     for (int i = threadIdx.x; i < kBins * kCopies; i += kFilterThreads) smem.low[i] = smem.high[i] = 0;
-    if (threadIdx.x == 0) *smem.chosen = -1;
+    if (threadIdx.x == 0) smem.chosen = -1;
     block_sync();
     const bool all = from.within.ties == kAllTies;
     for_each_logit(from.x, from.count, [&](float v) {
@@ -174,18 +157,18 @@ __device__ inline Prefix shortest_prefix(const Candidates& from, double share, c
       total += smem.warp_mass[w];
     }
     sum += above;
-    if (from.by_mass && shift == 24) target = share * static_cast<double>(total);
+    if (from.unit != 0.0 && shift == 24) target = share * static_cast<double>(total);
     // The first bin with which the target is reached; else the last one that is not empty.
-    if (own != 0) atomic_max(smem.chosen, static_cast<double>(sum) >= target ? kBins + bin : kBins - 1 - bin);
+    if (own != 0) atomic_max(&smem.chosen, static_cast<double>(sum) >= target ? kBins + bin : kBins - 1 - bin);
     block_sync();
-    const int chosen = *smem.chosen >= kBins ? *smem.chosen - kBins : kBins - 1 - *smem.chosen;
+    const int chosen = smem.chosen >= kBins ? smem.chosen - kBins : kBins - 1 - smem.chosen;
     if (bin == chosen) {
-      *smem.before = sum - own;
-      *smem.mass = own;
+      smem.before = sum - own;
+      smem.mass = own;
     }
     block_sync();
-    before = *smem.before;
-    mass = *smem.mass;
+    before = smem.before;
+    mass = smem.mass;
     pattern |= static_cast<uint32_t>(chosen) << shift;
   }
   // All that is left has one key, hence one mass: count how many are needed.
@@ -206,7 +189,7 @@ __device__ inline Prefix shortest_prefix(const Candidates& from, double share, c
 
 // Column of the `ties`-th logit equal to v, for the thread that owns it: body(column). There are at least so many.
 template <class Body>
-__device__ inline void find_tie(const float* x, int64_t count, float v, int64_t ties, const FilterSmem& smem,
+__device__ __forceinline__ void find_tie(const float* x, int64_t count, float v, int64_t ties, FilterSmem& smem,
                                 const Body& body) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   // Each warp has a range of whole tiles; it counts there, and the one with the tie looks again.
@@ -247,7 +230,7 @@ __device__ inline void find_tie(const float* x, int64_t count, float v, int64_t 
 // Sets threshold and last_tie of the rows with filters, from finished logits (-inf where there is no id).
 __global__ void __launch_bounds__(kFilterThreads) find_prefix(SampleProblem p, Filters filters) {
   Arena arena;
-  const FilterSmem smem(arena);
+  FilterSmem& smem = *arena.take<FilterSmem>(1);
   const int64_t slot = blockIdx.x;
   if (slot >= *p.count) return;
   const float* x = p.logits + slot * p.columns;
@@ -270,11 +253,13 @@ __global__ void __launch_bounds__(kFilterThreads) find_prefix(SampleProblem p, F
   const Prefix everything = {order_key(-kInfinity), kAllTies};
   Prefix kept = everything;
   if (top_k > 0 && top_k < count)
-    kept = shortest_prefix({x, count, top, temperature, false, everything}, static_cast<double>(top_k), smem);
+    kept = shortest_prefix({x, count, top, temperature, 0.0, everything}, static_cast<double>(top_k), smem);
   if (top_p < 1.0f) {
+    double unit = 0x1p62;  // so that all masses together fit
+    for (int64_t room = 1; room < count; room *= 2) unit *= 0.5;
     const Prefix within = filters.top_k_first ? kept : everything;
     kept = shorter(
-        kept, shortest_prefix({x, count, top, temperature, true, within}, static_cast<double>(top_p), smem));
+        kept, shortest_prefix({x, count, top, temperature, unit, within}, static_cast<double>(top_p), smem));
   }
   if (min_p > 0.0f) {
     const float limit = static_cast<float>(log(static_cast<double>(min_p)));

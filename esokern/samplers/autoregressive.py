@@ -55,13 +55,14 @@ def generate(
 
 def _decode(run: Run, tokens: torch.Tensor, masked: torch.Tensor, cached: bool) -> torch.Tensor:
     text = torch.arange(run.length, dtype=torch.int32, device=run.device).expand(run.batch, -1)
-    everyone = torch.arange(run.batch)
+    everyone = torch.arange(run.batch, device=run.device)
     cache = run.new_cache() if cached else None
     num_cached = 0
     for index, position in enumerate(masked.any(0).nonzero()[:, 0].tolist()):
-        rows = everyone if masked[:, position].all() else masked[:, position].nonzero()[:, 0]
-        run.decode_step[rows, position] = index
-        rows = rows.to(run.device)
+        run.decode_step[masked[:, position], position] = index
+        rows = everyone
+        if not masked[:, position].all():
+            rows = run.on_device(masked[:, position].nonzero()[:, 0].numpy())
         if cached:
             chunk = slice(num_cached, position)
             hidden = run.forward(tokens[:, chunk], text[:, chunk], cache=cache, cache_mask="causal")

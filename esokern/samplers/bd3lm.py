@@ -89,11 +89,11 @@ def _decode(
                 num_cached = begin
             counts = schedule.counts[:, step]
             at = [schedule.order[b, decoded[b, step] - n : decoded[b, step]] for b, n in enumerate(counts)]
-            at = torch.from_numpy(np.concatenate(at)).to(run.device) + begin
-            rows = torch.from_numpy(np.repeat(np.arange(run.batch), counts)).to(run.device)
+            at, rows = np.concatenate(at) + begin, np.repeat(np.arange(run.batch), counts)
+            run.decode_step.numpy()[rows, at] = index
+            at, rows = run.on_device(at), run.on_device(rows)
             drawn = run.draw(hidden[rows * (end - first) + at - first], rows, at)
             tokens[rows, at] = drawn
-            run.decode_step[rows.cpu(), at.cpu()] = index
             run.report(index, "diffusion", rows, at, drawn)
             index += 1
     return tokens

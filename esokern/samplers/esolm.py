@@ -79,7 +79,7 @@ def generate(
     else:
         schedule.check_covers(masked)
     with torch.inference_mode():
-        order = torch.from_numpy(_by_rank(schedule, masked)).to(run.device)
+        order = run.on_device(_by_rank(schedule, masked))
         by_rank = start.gather(1, order)
         decode = _decode_cached if cached else _decode_recomputed
         decode(run, by_rank, order, schedule, (~masked).sum(1), chunk_mask)
@@ -99,7 +99,7 @@ def _decode_cached(
     """Fill in by_rank, int64 [batch, length] tokens in rank order, forwarding each token twice at most."""
     tokens = by_rank.view(-1)
     cache = run.new_cache()
-    for index, step in enumerate(_steps(schedule, num_given, order)):
+    for index, step in enumerate(_steps(run, schedule, num_given, order)):
         hidden = run.forward(
             tokens.take(step.rows),
             step.positions,
@@ -110,7 +110,7 @@ def _decode_cached(
         )
         drawn = run.draw(hidden.index_select(0, step.masks_in_chunk), step.masks_batch, step.masks_positions)
         tokens.index_copy_(0, step.masks, drawn)
-        cache.commit(step.commit)
+        cache.commit(step.commit, at_most=step.commit_by_row)
         if run.callback is not None:
             run.report(index, _phase(schedule, index), step.masks_batch, step.masks_positions, drawn)
 
@@ -126,10 +126,10 @@ def _decode_recomputed(
     """The same with every decoded token forwarded in every step."""
     bound = num_given + schedule.counts.T.cumsum(0) - schedule.counts.T  # [num_steps, batch]: rank of the first mask
     for index, counts in enumerate(schedule.counts.T):
-        masks = torch.from_numpy(_ranges(np.arange(run.batch) * run.length + bound[index], counts)).to(run.device)
+        masks = run.on_device(_ranges(np.arange(run.batch) * run.length + bound[index], counts))
         batch_row, rank = masks // run.length, masks % run.length
         num_rows = int((bound[index] + counts).max())
-        first_mask = torch.from_numpy(bound[index]).to(run.device)
+        first_mask = run.on_device(bound[index])
         hidden = run.forward(
             by_rank[:, :num_rows], order[:, :num_rows], mask=_rank_mask(num_rows, first_mask, chunk_mask)
         )
@@ -164,13 +164,14 @@ class _Step(NamedTuple):
     cu_seqlens_q: torch.Tensor | None  # int32 [batch + 1] where batch rows differ
     num_clean: torch.Tensor  # int32 [batch]: leading rows that are clean
     commit: int | torch.Tensor  # num_clean, as an int where batch rows agree
+    commit_by_row: list[int]  # the same on the host
     masks: torch.Tensor  # int64 [num_masks]: those of `rows` to decode
     masks_in_chunk: torch.Tensor  # int64 [num_masks]: where they are among `rows`, flattened
     masks_batch: torch.Tensor  # int64 [num_masks]: their batch row
     masks_positions: torch.Tensor  # int64 [num_masks]
 
 
-def _steps(schedule: Schedule, num_given: np.ndarray, order: torch.Tensor) -> Iterator[_Step]:
+def _steps(run: Run, schedule: Schedule, num_given: np.ndarray, order: torch.Tensor) -> Iterator[_Step]:
     """The forward passes of a schedule. All index tensors are made here at once, a step then only slices."""
     counts = schedule.counts.T  # [num_steps, batch], like the arrays below
     num_steps, batch = counts.shape
@@ -185,24 +186,20 @@ def _steps(schedule: Schedule, num_given: np.ndarray, order: torch.Tensor) -> It
     num_clean = (bound - begin).astype(np.int32)
     row_start = np.arange(batch) * order.shape[1]
     batch_row = np.broadcast_to(np.arange(batch), counts.shape)
-
-    def on_device(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(order.device)
-
-    rows = on_device(_ranges(row_start + begin, lengths))
-    masks = on_device(_ranges(row_start + bound, counts))
-    masks_in_chunk = on_device(_ranges(cu_seqlens[:, :-1] + num_clean, counts))
-    masks_batch = on_device(np.repeat(batch_row.ravel(), counts.ravel()))
+    rows = run.on_device(_ranges(row_start + begin, lengths))
+    masks = run.on_device(_ranges(row_start + bound, counts))
+    masks_in_chunk = run.on_device(_ranges(cu_seqlens[:, :-1] + num_clean, counts))
+    masks_batch = run.on_device(np.repeat(batch_row.ravel(), counts.ravel()))
     num_rows, num_masks = lengths.sum(1).tolist(), counts.sum(1).tolist()
     by_step = [tensor.split(num_rows) for tensor in (rows, order.take(rows).int())]
     by_step += [tensor.split(num_masks) for tensor in (masks, masks_in_chunk, masks_batch, order.take(masks))]
-    num_clean_tensors = on_device(num_clean).unbind()
+    num_clean_tensors = run.on_device(num_clean).unbind()
     if (lengths == lengths[:, :1]).all() and (counts == counts[:, :1]).all():
         by_step[:2] = [[part.view(batch, -1) for part in parts] for parts in by_step[:2]]
         cu_seqlens_q, commit = [None] * num_steps, num_clean[:, 0].tolist()
     else:
-        cu_seqlens_q, commit = on_device(cu_seqlens).unbind(), num_clean_tensors
-    return map(_Step, *by_step[:2], cu_seqlens_q, num_clean_tensors, commit, *by_step[2:])
+        cu_seqlens_q, commit = run.on_device(cu_seqlens).unbind(), num_clean_tensors
+    return map(_Step, *by_step[:2], cu_seqlens_q, num_clean_tensors, commit, num_clean.tolist(), *by_step[2:])
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

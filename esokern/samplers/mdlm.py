@@ -73,12 +73,12 @@ def _decode(run: Run, tokens: torch.Tensor, schedule: Schedule) -> torch.Tensor:
         counts = schedule.counts[:, index]
         active = np.flatnonzero(counts)
         at = np.concatenate([schedule.order[b, decoded[b, index] - counts[b] : decoded[b, index]] for b in active])
-        place = torch.from_numpy(np.repeat(np.arange(len(active)), counts[active])).to(run.device)
-        at = torch.from_numpy(at).to(run.device)
+        place = run.on_device(np.repeat(np.arange(len(active)), counts[active]))
+        at = run.on_device(at)
         if len(active) == run.batch:
             rows, batch = place, tokens
         else:
-            rows = torch.from_numpy(active).to(run.device)
+            rows = run.on_device(active)
             rows, batch = rows[place], tokens[rows]
         hidden = run.forward(batch, text[: len(active)], mask=mask)
         drawn = run.draw(hidden[place * run.length + at], rows, at)

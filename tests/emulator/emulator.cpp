@@ -125,8 +125,8 @@ std::string who_waits_where() {
       };
       for (first = lane + 1; first < kWarp && same(first);) ++first;
       if (thread.waits_for == nullptr) continue;
-      text += "\n  warp " + std::to_string(w) + " lanes " + std::to_string(lane) + "-" + std::to_string(first - 1) +
-              ": " + thread.waits_for + " at " + describe(thread.waits_at);
+      text += "\n  warp " + std::to_string(w) + " lanes " + std::to_string(lane) + "-" +
+              std::to_string(first - 1) + ": " + thread.waits_for + " at " + describe(thread.waits_at);
     }
   return text;
 }
@@ -183,11 +183,11 @@ void run_block(int64_t block) {
     machine.warp[w].arrived = 0;
     ready_warps |= 1u << w;
   }
-  for (int i = 0; i < machine.threads; ++i) {
+  for (int i = 0; i < warps() * kWarp; ++i) {
     machine.thread[i].waits_for = nullptr;
     machine.thread[i].groups = 0;
     machine.thread[i].copies.clear();
-    fibres[i].prepare(stacks.bottom(i), stacks.bytes(i), thread_main);
+    if (i < machine.threads) fibres[i].prepare(stacks.bottom(i), stacks.bytes(i), thread_main);
   }
   begin_shared_memory();
   if (checker != nullptr) checker->begin_block(block);
@@ -204,7 +204,8 @@ void run_block(int64_t block) {
 
 void step(Site site) {
   if (++machine.steps > settings.step_limit)
-    fail(site, "the block has not ended after " + std::to_string(settings.step_limit) + " steps: an endless loop?");
+    fail(site,
+         "the block has not ended after " + std::to_string(settings.step_limit) + " steps: an endless loop?");
 }
 
 void wait_for(const char* what, Site site) {
@@ -272,7 +273,8 @@ void fail(Site site, const std::string& what) {
   const Index3 block = builtins.block_index;
   std::string text = std::string("kernel ") + machine.kernel + ": ";
   if (site != 0) text += describe(site) + ": ";
-  text += "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " + std::to_string(block.z) + ")";
+  text += "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
+          std::to_string(block.z) + ")";
   if (machine.running) text += " " + thread_name(current());
   text += ": " + what;
   if (!machine.running) throw std::runtime_error(text);
@@ -287,7 +289,9 @@ void fail(Site site, const std::string& what) {
 void run(const char* kernel, const int64_t (&grid)[3], int threads, int64_t shared_bytes,
          void (*body)(const void*), const void* context) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string("kernel ") + kernel + ": " + why); };
+  auto refuse = [&](const std::string& why) {
+    throw std::runtime_error(std::string("kernel ") + kernel + ": " + why);
+  };
   if (threads < 1 || threads > kMaxThreads) refuse(std::to_string(threads) + " threads per block");
   if (shared_bytes < 0 || shared_bytes > kMaxSharedBytes)
     refuse(std::to_string(shared_bytes) + " bytes of shared memory, more than every GPU has");
@@ -325,7 +329,8 @@ void run(const char* kernel, const int64_t (&grid)[3], int threads, int64_t shar
 void set_schedule(const std::string& name, uint64_t seed) {
   const char* const names[] = {"in_order", "reverse", "random", "starving"};
   const auto* found = std::find(std::begin(names), std::end(names), name);
-  if (found == std::end(names)) throw std::invalid_argument("schedule: in_order, reverse, random or starving");
+  if (found == std::end(names))
+    throw std::invalid_argument("schedule: in_order, reverse, random or starving");
   settings.schedule = static_cast<Schedule>(found - names);
   settings.seed = seed;
 }

@@ -14,11 +14,11 @@ namespace esokern::emulator {
 //   "in_order"  by number          "reverse"   by number, downwards
 //   "random"    any lane, any time  "starving"  some warps run far ahead of others, blocks shuffled
 void set_schedule(const std::string& name, uint64_t seed = 0);
-void set_multiprocessors(int count);       // what cuda::multiprocessors() says; 4 unless set
-void set_step_limit(int64_t steps);        // scheduling steps of one block before it counts as hung
-const char* built_with();                  // "plain", "race" or "asan"
-int64_t bank_conflicts();                  // extra shared-memory passes of ldmatrix since the last reset
-std::string bank_conflict_sites();         // the same by source line, worst first
+void set_multiprocessors(int count);  // what cuda::multiprocessors() says; 4 unless set
+void set_step_limit(int64_t steps);   // scheduling steps of one block before it counts as hung
+const char* built_with();             // "plain", "race" or "asan"
+int64_t bank_conflicts();             // extra shared-memory passes of ldmatrix since the last reset
+std::string bank_conflict_sites();    // the same by source line, worst first
 void reset_bank_conflicts();
 
 // --- a place in a kernel, for messages: a source line (line number in the upper 16 bits, the file's name below)

@@ -16,7 +16,16 @@ namespace {
 
 // --- D[16][16] = A[16][64] B[16][64]^T by two warps, B's rows behind A's, fetched in two stages
 
-enum class Break { none, short_wait, no_commit, no_wait, one_sided_swizzle, no_swizzle, fragment, shared_index };
+enum class Break {
+  none,
+  short_wait,
+  no_commit,
+  no_wait,
+  one_sided_swizzle,
+  no_swizzle,
+  fragment,
+  shared_index
+};
 
 struct Tile {
   bf16* rows;
@@ -43,8 +52,10 @@ __global__ void __launch_bounds__(64) gemm(const bf16* ab, float* d) {
   }
   float sum[4] = {};
   for (int stage = 0; stage < 2; ++stage) {
-    if (stage == 0 || kBreak == Break::short_wait) copy_async_wait<1>();
-    else if (kBreak != Break::no_wait) copy_async_wait<0>();
+    if (stage == 0 || kBreak == Break::short_wait)
+      copy_async_wait<1>();
+    else if (kBreak != Break::no_wait)
+      copy_async_wait<0>();
     block_sync();
     uint32_t a[4], b[4];
     const int past = kBreak == Break::shared_index && stage == 1 ? 24 : 0;
@@ -127,8 +138,10 @@ __global__ void missing_warp_sync(int* out, int) {
 template <bool kBroken>
 __global__ void divergent_barrier(int* out, int) {
   const int i = threadIdx.x;
-  if (!kBroken || i < 32) block_sync();
-  else block_sync();
+  if (!kBroken || i < 32)
+    block_sync();
+  else
+    block_sync();
   out[i] = (i + 33) % 128;
 }
 
@@ -165,7 +178,8 @@ __global__ void wait_for_each_other(int* out, int) {
 template <bool kBroken>
 __global__ void endless_loop(int* out, int zero) {
   const int i = threadIdx.x;
-  while (kBroken && load_relaxed(out + i) != zero) {}
+  while (kBroken && load_relaxed(out + i) != zero) {
+  }
   out[i] = (i + 33) % 128;
 }
 
@@ -261,8 +275,8 @@ bool sum_is_right() {
   int counter = 0;
   ArenaSize size;
   Exchange{size};
-  launch("last_block_sums", last_block_sums<kFence>, Grid{16}, 128, size.bytes(), nullptr, in.data(), partial.data(),
-         &counter, out.data());
+  launch("last_block_sums", last_block_sums<kFence>, Grid{16}, 128, size.bytes(), nullptr, in.data(),
+         partial.data(), &counter, out.data());
   for (int i = 0; i < 128; ++i) {
     int want = 0;
     for (int block = 0; block < 16; ++block) want += in[block * 128 + i];
@@ -289,7 +303,8 @@ struct Fault {
 };
 
 template <class Run>
-Fault exchange(const char* name, int caught_by, Run whole, Run broken, bool asan_reports = false, int blocks = 1) {
+Fault exchange(const char* name, int caught_by, Run whole, Run broken, bool asan_reports = false,
+               int blocks = 1) {
   return {name, caught_by, [=] { return exchange_is_right(whole, blocks); },
           [=] { return exchange_is_right(broken, blocks); }, asan_reports};
 }
@@ -365,12 +380,15 @@ void check_faults() {
       emulator::set_schedule(schedule.name, schedule.seed);
       if (wrong.empty()) wrong = outcome(fault.whole);
       if (!caught.empty()) continue;
-      caught = build == kAsan && fault.asan_reports ? outcome_in_a_child(fault.broken) : outcome(fault.broken);
+      caught =
+          build == kAsan && fault.asan_reports ? outcome_in_a_child(fault.broken) : outcome(fault.broken);
     }
     const bool must = (fault.caught_by & build) != 0;
     check(wrong.empty(), std::string(fault.name) + ", whole: " + (wrong.empty() ? "passes" : wrong));
     check(!caught.empty() || !must, std::string(fault.name) + ", broken: " +
-                                        (!caught.empty() ? caught : must ? "MISSED" : "not for this build to see"));
+                                        (!caught.empty() ? caught
+                                         : must          ? "MISSED"
+                                                         : "not for this build to see"));
   }
   emulator::set_schedule("in_order");
   emulator::set_step_limit(100'000'000);

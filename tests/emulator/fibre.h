@@ -113,8 +113,8 @@ class Stacks {
 
   void grow(int count) {
     if (base_ == nullptr) {
-      void* range = mmap(nullptr, kBytes * kMaxCount, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                         -1, 0);
+      void* range =
+          mmap(nullptr, kBytes * kMaxCount, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (range == MAP_FAILED) throw std::runtime_error("emulator: no memory for stacks");
       base_ = static_cast<char*>(range);
     }

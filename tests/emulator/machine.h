@@ -23,8 +23,8 @@ struct Copy {
 struct Thread {
   const char* waits_for = nullptr;  // nullptr: can run, or has exited
   Site waits_at = 0;
-  int64_t groups = 0;         // closed so far
-  std::vector<Copy> copies;   // not yet landed, oldest first
+  int64_t groups = 0;        // closed so far
+  std::vector<Copy> copies;  // not yet landed, oldest first
 };
 
 enum class Op : int { shuffle, ballot, warp_sync, ldmatrix, ldmatrix_trans, mma_bf16, mma_f16 };

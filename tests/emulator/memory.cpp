@@ -18,8 +18,8 @@ alignas(1024) unsigned char segment[kSegmentBytes];
 
 namespace {
 
-constexpr unsigned char kPoison = 0xFF;    // a NaN in every float format
-uint32_t segment_end = kSegmentBytes;      // of what the last block may have touched
+constexpr unsigned char kPoison = 0xFF;  // a NaN in every float format
+uint32_t segment_end = kSegmentBytes;    // of what the last block may have touched
 
 std::string hex(int64_t value) {
   char text[32];
@@ -29,8 +29,9 @@ std::string hex(int64_t value) {
 }
 
 uint32_t end_of_arrays() {
-  return machine.arrays.empty() ? kRedZone
-                                : machine.arrays.back().address + static_cast<uint32_t>(machine.arrays.back().bytes);
+  return machine.arrays.empty()
+             ? kRedZone
+             : machine.arrays.back().address + static_cast<uint32_t>(machine.arrays.back().bytes);
 }
 
 void check_alignment(const void* at, int bytes, Site site) {
@@ -55,8 +56,10 @@ void watch(const void* at, int bytes, Checker::Kind kind, Site site) {
 
 void land(const Copy& copy) {
   if (checker != nullptr) checker->copy_landed(copy);
-  if (copy.global != nullptr) memcpy(segment + copy.shared, copy.global, copy.bytes);
-  else memset(segment + copy.shared, 0, copy.bytes);
+  if (copy.global != nullptr)
+    memcpy(segment + copy.shared, copy.global, copy.bytes);
+  else
+    memset(segment + copy.shared, 0, copy.bytes);
 }
 
 int32_t atomic(int32_t* at, Site site) {
@@ -88,13 +91,16 @@ void end_shared_memory() {
   ASAN_UNPOISON_MEMORY_REGION(segment, kSegmentBytes);
   uint32_t begin = 0;
   for (size_t i = 0; i <= machine.arrays.size(); ++i) {
-    const uint32_t end = i < machine.arrays.size() ? machine.arrays[i].address : segment_end;
-    for (uint32_t at = begin; at < end; ++at)
-      if (segment[at] != kPoison) {
-        segment_end = kSegmentBytes;
-        fail(0, "a store out of bounds of shared memory, seen when the block had ended: " + shared_name(at));
-      }
-    if (i < machine.arrays.size()) begin = end + static_cast<uint32_t>(machine.arrays[i].bytes);
+    const bool last = i == machine.arrays.size();
+    const uint32_t end = last ? segment_end : machine.arrays[i].address;
+    const unsigned char* written =
+        std::find_if(segment + begin, segment + end, [](auto x) { return x != kPoison; });
+    if (written != segment + end) {
+      segment_end = kSegmentBytes;
+      fail(0, "a store out of bounds of shared memory, seen when the block had ended: " +
+                  shared_name(written - segment));
+    }
+    if (!last) begin = end + static_cast<uint32_t>(machine.arrays[i].bytes);
   }
 }
 
@@ -105,14 +111,16 @@ void* take_shared(int index, int64_t offset, int64_t bytes, int64_t alignment, S
   if (index == static_cast<int>(arrays.size())) {
     if (offset + bytes > machine.shared_bytes)
       fail(site, "too little shared memory: array " + std::to_string(index) + " ends at " +
-                     std::to_string(offset + bytes) + ", the launch gave " + std::to_string(machine.shared_bytes));
+                     std::to_string(offset + bytes) + ", the launch gave " +
+                     std::to_string(machine.shared_bytes));
     const Array array{offset, bytes, static_cast<uint32_t>(offset) + (index + 1) * kRedZone};
     if (array.address + bytes + kRedZone > kSegmentBytes) fail(site, "too many arrays in shared memory");
     ASAN_UNPOISON_MEMORY_REGION(segment + array.address, bytes);
     arrays.push_back(array);
   }
   if (arrays[index].offset != offset || arrays[index].bytes != bytes)
-    fail(site, "array " + std::to_string(index) + " of shared memory differs from the one that another thread, or an " +
+    fail(site, "array " + std::to_string(index) +
+                   " of shared memory differs from the one that another thread, or an " +
                    "earlier Arena, has taken");
   return segment + arrays[index].address;
 }
@@ -137,7 +145,8 @@ std::string shared_name(int64_t address) {
 
 void check_shared(uint32_t address, int bytes, Site site) {
   if (address % bytes != 0)
-    fail(site, "a shared address that is no multiple of " + std::to_string(bytes) + ": " + shared_name(address));
+    fail(site,
+         "a shared address that is no multiple of " + std::to_string(bytes) + ": " + shared_name(address));
   for (const Array& array : machine.arrays)
     if (address >= array.address && address + bytes <= array.address + array.bytes) return;
   fail(site, std::to_string(bytes) + " bytes of shared memory out of bounds: " + shared_name(address));

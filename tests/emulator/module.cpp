@@ -9,6 +9,7 @@ PYBIND11_MODULE(ESOKERN_MODULE, m) {
   namespace emulator = esokern::emulator;
   using pybind11::arg;
   esokern::python::bind_cuda<esokern::python::dl::kCpu>(m);
+  m.def("architectures", [] { return "the emulator"; });
   m.def("set_schedule", &emulator::set_schedule, arg("name"), arg("seed") = 0);
   m.def("set_multiprocessors", &emulator::set_multiprocessors, arg("count"));
   m.def("set_step_limit", &emulator::set_step_limit, arg("steps"));

@@ -5,6 +5,7 @@
 // A thread's time is (epoch, warp epoch): barriers of the block so far, counted on over the blocks of a launch,
 // and warp_syncs since the last one. All who take part in a barrier agree on it, so two numbers do for vector clocks.
 #include <algorithm>
+#include <cstdio>
 #include <memory>
 #include <unordered_map>
 
@@ -17,15 +18,16 @@ struct Stamp {
   uint64_t thread : 10;
   uint64_t epoch : 28;  // 0: never
   uint64_t warp_epoch : 16;
-  uint64_t fences : 7;  // that the thread had done, stops at kManyFences
-  // Of a write:                  of a read:
-  uint64_t atomic : 1;  //
-  uint64_t flying : 1;  // a cp.async not landed
-  uint64_t others : 1;  //        more threads of the warp at this time, or
-                        //        (atomic) threads of other warps in this epoch, have read too
+  uint64_t fences : 6;     // that the thread had done, stops at kManyFences
+  uint64_t atomic : 1;     // a write that atomics may overlap
+  uint64_t flying : 1;     // a write by a copy that has not landed
+  uint64_t lanes_too : 1;  // a read that other lanes of the warp did at the same time, too
+  uint64_t warps_too : 1;  // a read that other warps did in the same epoch, too
+
   int warp() const { return static_cast<int>(thread / kWarp); }
 };
-constexpr uint64_t kManyFences = 127;
+static_assert(sizeof(Stamp) == 8);
+constexpr uint64_t kManyFences = 63;
 
 // What happened last to some bytes.
 struct Cell {
@@ -91,7 +93,6 @@ class RaceChecker : public Checker {
     }
   }
 
-
   void block_barrier() override {
     ++epoch_;
     for (int i = 0; i < machine.threads; ++i)
@@ -132,8 +133,10 @@ class RaceChecker : public Checker {
     thread_ = thread;
     for_cells(at, bytes, [&](Cell& cell, uintptr_t address) {
       if (cell.write.flying && known(cell.write)) in_flight(cell, address, kind, site);
-      if (kind == kRead) read(cell, address, site);
-      else write(cell, address, kind == kAtomic, site);
+      if (kind == kRead)
+        read(cell, address, site);
+      else
+        write(cell, address, kind == kAtomic, site);
     });
   }
 
@@ -150,9 +153,7 @@ class RaceChecker : public Checker {
   // A load or store of the kernel itself.
   void plain_access(const void* at, int bytes, Kind kind, const void* code) {
     if (!machine.running || is_stack(at)) return;
-    if (static_cast<size_t>(static_cast<const char*>(at) - reinterpret_cast<const char*>(&builtins)) <
-        sizeof(builtins))
-      return;
+    if (at >= &builtins && at < &builtins + 1) return;
     const Site site = reinterpret_cast<uintptr_t>(code);
     if (in_segment(at)) {
       const auto address = static_cast<const unsigned char*>(at) - segment;
@@ -220,7 +221,7 @@ class RaceChecker : public Checker {
 
   Stamp now() const {
     const Clock& clock = clock_[thread_];
-    return {static_cast<uint64_t>(thread_), clock.epoch, clock.warp_epoch, clock.fences, 0, 0, 0};
+    return {static_cast<uint64_t>(thread_), clock.epoch, clock.warp_epoch, clock.fences, 0, 0, 0, 0};
   }
 
   bool this_block(Stamp a) const { return a.epoch >= block_start_; }
@@ -238,7 +239,8 @@ class RaceChecker : public Checker {
 
   bool ordered_between_blocks(Stamp a) const {
     for (const Acquire& acquire : acquires_) {
-      const Stamp gained = {static_cast<uint64_t>(acquire.thread), acquire.epoch, acquire.warp_epoch, 0, 0, 0, 0};
+      const Stamp gained = {
+          static_cast<uint64_t>(acquire.thread), acquire.epoch, acquire.warp_epoch, 0, 0, 0, 0, 0};
       if (!ordered_in_block(gained)) continue;
       const auto end = acquire.releases->begin() + static_cast<std::ptrdiff_t>(acquire.count);
       auto release = std::lower_bound(acquire.releases->begin(), end, a.epoch,
@@ -272,10 +274,10 @@ class RaceChecker : public Checker {
   static bool is_shared(uintptr_t address) { return in_segment(reinterpret_cast<const void*>(address)); }
 
   void read(Cell& cell, uintptr_t address, Site site) {
-    if (is_shared(address)) {
-      if (!this_block(cell.write)) fail_at(site, "reads shared memory that nobody has written: ", address);
-    }
-    if (!ordered(cell.write)) race("reads what another thread has written", cell.write, cell.write_site, address, site);
+    if (is_shared(address) && !this_block(cell.write))
+      fail_at(site, "reads shared memory that nobody has written: ", address);
+    if (!ordered(cell.write))
+      race("reads what another thread has written", cell.write, cell.write_site, address, site);
     const Stamp me = now();
     Stamp& last = cell.read;
     if (last.epoch != me.epoch) {
@@ -284,15 +286,15 @@ class RaceChecker : public Checker {
         cell.earlier_read_site = cell.read_site;
       }
     } else if (last.warp() != me.warp()) {
-      last.atomic = 1;  // see Stamp
+      last.warps_too = 1;
       return;
     } else if (last.warp_epoch >= me.warp_epoch) {
-      last.others |= last.thread != me.thread;
+      last.lanes_too |= last.thread != me.thread;
       return;
     }
-    const bool other_warps = last.epoch == me.epoch && last.atomic;
+    const bool warps_too = last.epoch == me.epoch && last.warps_too;
     last = me;
-    last.atomic = other_warps;
+    last.warps_too = warps_too;
     cell.read_site = site;
   }
 
@@ -302,9 +304,11 @@ class RaceChecker : public Checker {
     if (!(atomic && cell.write.atomic) && !ordered(cell.write))
       race("writes what another thread has written", cell.write, cell.write_site, address, site);
     if (!ordered(cell.earlier_read))
-      race("overwrites what another thread has read", cell.earlier_read, cell.earlier_read_site, address, site);
-    const bool crowd = cell.read.epoch == me.epoch &&
-                       (cell.read.atomic || (cell.read.others && cell.read.warp_epoch == me.warp_epoch));
+      race("overwrites what another thread has read", cell.earlier_read, cell.earlier_read_site, address,
+           site);
+    const bool crowd =
+        cell.read.epoch == me.epoch &&
+        (cell.read.warps_too || (cell.read.lanes_too && cell.read.warp_epoch == me.warp_epoch));
     if (crowd || !ordered(cell.read))
       race("overwrites what another thread has read", cell.read, cell.read_site, address, site, crowd);
     cell.read = cell.earlier_read = {};
@@ -316,7 +320,8 @@ class RaceChecker : public Checker {
   // --- reports
 
   static std::string name(uintptr_t address) {
-    if (is_shared(address)) return shared_name(static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(segment)));
+    if (is_shared(address))
+      return shared_name(static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(segment)));
     char text[64];
     snprintf(text, sizeof(text), "global memory at %#zx", static_cast<size_t>(address));
     return text;
@@ -330,18 +335,21 @@ class RaceChecker : public Checker {
   [[noreturn]] void race(const std::string& what, Stamp a, Site earlier, uintptr_t address, Site site,
                          bool among_others = false) const {
     const bool same_block = this_block(a);
-    std::string text = "race: " + what + (same_block ? ", with no barrier between them" :
-                       ", with no fence + atomic on both sides between the blocks") + ": earlier at " +
-                       describe(earlier) + " by ";
+    std::string text = "race: " + what +
+                       (same_block ? ", with no barrier between them"
+                                   : ", with no fence + atomic on both sides between the blocks") +
+                       ": earlier at " + describe(earlier) + " by ";
     if (!same_block) text += "block number " + std::to_string(block_of(a.epoch)) + " ";
     text += thread_name(static_cast<int>(a.thread)) + (among_others ? " and others" : "") + "; ";
     fail_at(site, text, address);
   }
 
   [[noreturn]] void in_flight(const Cell& cell, uintptr_t address, Kind kind, Site site) const {
-    fail_at(site, std::string(kind == kRead ? "reads" : "writes") + " shared memory while an asynchronous copy to it, at " +
-                      describe(cell.write_site) + " by " + thread_name(static_cast<int>(cell.write.thread)) +
-                      ", is under way: ", address);
+    fail_at(site,
+            std::string(kind == kRead ? "reads" : "writes") +
+                " shared memory while an asynchronous copy to it, at " + describe(cell.write_site) + " by " +
+                thread_name(static_cast<int>(cell.write.thread)) + ", is under way: ",
+            address);
   }
 
   int thread_ = 0;  // who acts: not current() where a lane acts for its warp
@@ -362,15 +370,15 @@ class RaceChecker : public Checker {
 
 // --- the compiler's hooks
 
-#define HOOK(name, bytes, kind)                                                                            \
-  extern "C" void name(void* at) {                                                                         \
-    esokern::emulator::race_checker.plain_access(at, bytes, esokern::emulator::Checker::kind,              \
-                                                 __builtin_return_address(0));                             \
+#define HOOK(name, bytes, kind)                                                               \
+  extern "C" void name(void* at) {                                                            \
+    esokern::emulator::race_checker.plain_access(at, bytes, esokern::emulator::Checker::kind, \
+                                                 __builtin_return_address(0));                \
   }
-#define HOOKS(bytes)                                  \
-  HOOK(__tsan_read##bytes, bytes, kRead)              \
-  HOOK(__tsan_write##bytes, bytes, kWrite)            \
-  HOOK(__tsan_unaligned_read##bytes, bytes, kRead)    \
+#define HOOKS(bytes)                               \
+  HOOK(__tsan_read##bytes, bytes, kRead)           \
+  HOOK(__tsan_write##bytes, bytes, kWrite)         \
+  HOOK(__tsan_unaligned_read##bytes, bytes, kRead) \
   HOOK(__tsan_unaligned_write##bytes, bytes, kWrite)
 HOOKS(1)
 HOOKS(2)
@@ -388,7 +396,7 @@ void __tsan_read_range(void* at, unsigned long bytes) {
                                                __builtin_return_address(0));
 }
 void __tsan_write_range(void* at, unsigned long bytes) {
-  esokern::emulator::race_checker.plain_access(at, static_cast<int>(bytes), esokern::emulator::Checker::kWrite,
-                                               __builtin_return_address(0));
+  esokern::emulator::race_checker.plain_access(
+      at, static_cast<int>(bytes), esokern::emulator::Checker::kWrite, __builtin_return_address(0));
 }
 }

@@ -75,15 +75,18 @@ void check_format(const char* name, uint16_t infinity) {
   check(nearest, std::string(name) + ": rounds to nearest, ties to even");
   check(from_float<T>(INFINITY).bits == infinity && from_float<T>(-3.4e38f).bits == (infinity | 0x8000),
         std::string(name) + ": infinity and overflow");
-  check(pack<T>(1.0f, -2.0f) == (from_float<T>(1.0f).bits | static_cast<uint32_t>(from_float<T>(-2.0f).bits) << 16),
+  check(pack<T>(1.0f, -2.0f) ==
+            (from_float<T>(1.0f).bits | static_cast<uint32_t>(from_float<T>(-2.0f).bits) << 16),
         std::string(name) + ": pack puts the first number low");
 }
 
 void check_numbers() {
   check_format<f16>("f16", 0x7C00);
   check_format<bf16>("bf16", 0x7F80);
-  check(exp2_fast(-INFINITY) == 0 && exp2_fast(3) == 8 && exp2_fast(-140) == 0, "exp2_fast: powers, flush to zero");
-  check(log2_fast(8) == 3 && log2_fast(0) == -INFINITY && log2_fast(1e-40f) == -INFINITY, "log2_fast: flush to zero");
+  check(exp2_fast(-INFINITY) == 0 && exp2_fast(3) == 8 && exp2_fast(-140) == 0,
+        "exp2_fast: powers, flush to zero");
+  check(log2_fast(8) == 3 && log2_fast(0) == -INFINITY && log2_fast(1e-40f) == -INFINITY,
+        "log2_fast: flush to zero");
 }
 
 // --- collectives
@@ -157,9 +160,11 @@ void check_collectives() {
   }
   emulator::set_schedule("in_order");
   check(wrong == 0, "shfl, shfl_xor, ballot in every schedule, exited lanes excused");
-  check(matrices_are_right<bf16>() && matrices_are_right<f16>(), "ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k16");
+  check(matrices_are_right<bf16>() && matrices_are_right<f16>(),
+        "ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k16");
   std::vector<float> out(32);
-  check(contains(error_of([&] { launch("mma", mma_of_some, Grid{}, 32, 0, nullptr, out.data()); }), "all 32 lanes"),
+  check(contains(error_of([&] { launch("mma", mma_of_some, Grid{}, 32, 0, nullptr, out.data()); }),
+                 "all 32 lanes"),
         "mma wants all lanes");
 }
 
@@ -170,7 +175,8 @@ __global__ void copies(const int* in, int* out, int early) {
   int* shared = arena.take<int>(32 * 4);
   const int lane = threadIdx.x;
   const uint32_t to = smem_address(shared + lane * 4);
-  if (lane % 2 == 0) copy_async_16(to, in + lane * 4, lane < 16);
+  if (lane % 2 == 0)
+    copy_async_16(to, in + lane * 4, lane < 16);
   else
     for (int i = 0; i < 4; ++i) copy_async_4(to + i * 4, in + lane * 4 + i, lane < 16);
   copy_async_commit();
@@ -197,13 +203,16 @@ void check_memory() {
   for (int i = 0; i < 128; ++i) right &= out[i] == (i < 64 ? i + 1 : 0);
   check(right, "copy_async_16 and copy_async_4, zeros where not valid");
   for (const int early : {1, 2}) {
-    const std::string error = error_of([&] { launch("copies", copies, Grid{}, 32, 512, nullptr, in, out, early); });
+    const std::string error =
+        error_of([&] { launch("copies", copies, Grid{}, 32, 512, nullptr, in, out, early); });
     const bool poisoned = error.empty() && out[0] == -1 && out[127] == -1;
-    check(self_test::built_as("race") ? contains(error, "under way") : poisoned, "data are poison before their wait");
+    check(self_test::built_as("race") ? contains(error, "under way") : poisoned,
+          "data are poison before their wait");
   }
   launch("extremes", extremes, Grid{4}, 64, 0, nullptr, counters);
   check(counters[0] == 255 && counters[1] == 512, "atomic_max and atomic_add");
-  check(contains(error_of([&] { launch("misaligned", misaligned, Grid{}, 1, 0, nullptr, in, out); }), "multiple"),
+  check(contains(error_of([&] { launch("misaligned", misaligned, Grid{}, 1, 0, nullptr, in, out); }),
+                 "multiple"),
         "16 bytes at a multiple of 4 are refused");
 }
 
@@ -235,8 +244,10 @@ void check_launches() {
   emulator::set_schedule("in_order");
   launch("fill", fill, Grid{0, 3, 4}, 33, 0, nullptr, out.data(), 2);
   check(out[0] == 1, "an empty grid does nothing");
-  const std::string error = error_of([&] { launch("two", two_arenas, Grid{}, 32, 512, nullptr, out.data()); });
-  check(contains(error, "kernel two: self_test.cpp:") && contains(error, "block (0, 0, 0) thread 0 (warp 0 lane 0)"),
+  const std::string error =
+      error_of([&] { launch("two", two_arenas, Grid{}, 32, 512, nullptr, out.data()); });
+  check(contains(error, "kernel two: self_test.cpp:") &&
+            contains(error, "block (0, 0, 0) thread 0 (warp 0 lane 0)"),
         "an error names kernel, line, block and thread");
   launch("fill", fill, Grid{}, 32, 0, nullptr, out.data(), 3);
   check(out[31] == 3, "the launch after an error works");
@@ -246,8 +257,9 @@ void check_launches() {
     launch("fill", fill, Grid{}, 32, 0, nullptr, out.data(), 4);
   }).join();
   check(elsewhere == error && out[31] == 4, "another thread of the host may launch, and gets the errors");
-  check(contains(error_of([&] { launch("fill", fill, Grid{}, 32, kMaxSharedBytes + 1, nullptr, out.data(), 3); }),
-                 "shared memory"),
+  check(contains(
+            error_of([&] { launch("fill", fill, Grid{}, 32, kMaxSharedBytes + 1, nullptr, out.data(), 3); }),
+            "shared memory"),
         "more shared memory than a GPU has is refused");
   emulator::set_multiprocessors(3);
   check(multiprocessors() == 3, "multiprocessors");

@@ -21,13 +21,15 @@ void shuffle_lanes(Warp& warp) {
   for (int i = 0; i < kWarp; ++i) before[i] = warp.lane[i].value;
   for (int i = 0; i < kWarp; ++i) {
     const unsigned source = warp.lane[i].source;
-    warp.lane[i].value = warp.arrived >> source & 1 ? before[source] : ~uint64_t{0};  // an exited lane gives poison
+    warp.lane[i].value =
+        warp.arrived >> source & 1 ? before[source] : ~uint64_t{0};  // an exited lane gives poison
   }
 }
 
 void ballot_lanes(Warp& warp) {
   uint64_t votes = 0;
-  for (int i = 0; i < kWarp; ++i) votes |= static_cast<uint64_t>((warp.arrived >> i & 1) && warp.lane[i].value) << i;
+  for (int i = 0; i < kWarp; ++i)
+    votes |= static_cast<uint64_t>((warp.arrived >> i & 1) && warp.lane[i].value) << i;
   for (int i = 0; i < kWarp; ++i) warp.lane[i].value = votes;
 }
 
@@ -39,7 +41,8 @@ void count_bank_conflicts(const Warp& warp, int matrix) {
     int count = 0;
     for (int i = 0; i < 8; ++i) {
       const uint32_t address = warp.lane[matrix * 8 + i].a[0];
-      if (address / 16 % 8 == static_cast<uint32_t>(bank) && std::find(rows, rows + count, address) == rows + count)
+      if (address / 16 % 8 == static_cast<uint32_t>(bank) &&
+          std::find(rows, rows + count, address) == rows + count)
         rows[count++] = address;
     }
     passes = std::max(passes, count);
@@ -101,17 +104,30 @@ void mma_lanes(Warp& warp) {
 void finish_collective(int w) {
   Warp& warp = machine.warp[w];
   if (warp.op >= Op::ldmatrix && warp.arrived != ~0u)
-    fail(warp.site, std::string(name_of(warp.op)) + " needs all 32 lanes, but some have exited or never were");
+    fail(warp.site,
+         std::string(name_of(warp.op)) + " needs all 32 lanes, but some have exited or never were");
   switch (warp.op) {
-    case Op::shuffle: shuffle_lanes(warp); break;
-    case Op::ballot: ballot_lanes(warp); break;
+    case Op::shuffle:
+      shuffle_lanes(warp);
+      break;
+    case Op::ballot:
+      ballot_lanes(warp);
+      break;
     case Op::warp_sync:
       if (checker != nullptr) checker->warp_barrier(w, warp.arrived);
       break;
-    case Op::ldmatrix: ldmatrix_lanes(warp, w * kWarp, false); break;
-    case Op::ldmatrix_trans: ldmatrix_lanes(warp, w * kWarp, true); break;
-    case Op::mma_bf16: mma_lanes<widen_bf16>(warp); break;
-    case Op::mma_f16: mma_lanes<widen_f16>(warp); break;
+    case Op::ldmatrix:
+      ldmatrix_lanes(warp, w * kWarp, false);
+      break;
+    case Op::ldmatrix_trans:
+      ldmatrix_lanes(warp, w * kWarp, true);
+      break;
+    case Op::mma_bf16:
+      mma_lanes<widen_bf16>(warp);
+      break;
+    case Op::mma_f16:
+      mma_lanes<widen_f16>(warp);
+      break;
   }
   const uint32_t lanes = warp.arrived;
   warp.arrived = 0;
