@@ -284,6 +284,11 @@ def main() -> int:
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: got {', '.join(sorted(unknown))}, supported are {', '.join(SECTIONS)}")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU; --device cpu --small takes the same way in miniature")
     session = Session(options)
     for section in SECTIONS:
         if section in sections:

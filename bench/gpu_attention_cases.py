@@ -11,6 +11,7 @@ import torch
 from gpu_cases import Candidate, Case, Setting, peer
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import esokern
 from eager import cached_attention
@@ -94,14 +95,13 @@ def _cached_step(
 
     visible = torch.ones(rows, keys, dtype=torch.bool, device=setting.device).tril(committed)
 
-    def attend(s: SimpleNamespace) -> torch.Tensor:
+    def attend(s: SimpleNamespace, mask: torch.Tensor | None = visible if rows > 1 else None) -> torch.Tensor:
         heads_k, heads_v = s.heads_k, s.heads_v
         if page:  # SDPA knows no pages: they are gathered first
             heads_k, heads_v = (
                 c.index_select(0, s.table.flatten()).view(batch, keys, kv_heads, head_dim).transpose(1, 2)
                 for c in (s.k_cache, s.v_cache)
             )
-        mask = None if rows == 1 else visible
         grouped = {"enable_gqa": True} if kv_heads != heads else {}
         return functional.scaled_dot_product_attention(
             s.heads_q, heads_k, heads_v, attn_mask=mask, **grouped
@@ -126,6 +126,9 @@ def _cached_step(
     )
     case = Case("attention_with_kvcache", name, setting.dtype, cost, make, {"esokern": ours})
     sdpa_peers(case, attend, "gather + sdpa" if page else "sdpa")
+    if not page and rows > 1 and setting.device == "cuda":  # the flash back end takes this mask, but no tensor
+        lower_right = causal_lower_right(rows, keys)
+        case.candidates["sdpa lower right"] = lambda s: attend(s, lower_right)
     if not page and kv_heads == heads:
         case.candidates["eager"] = lambda s: cached_attention(s.q, s.k, s.v, s.k_cache, s.v_cache, committed)
         if keys == 8192 or rows == 16:

@@ -77,9 +77,8 @@ class Bench:
             return True
         return False
 
-    def measure(self, case: Case) -> None:
-        """Check, time and record one case."""
-        recorder = Recorder(self.setting.device)
+    def measure(self, case: Case, recorder: Recorder) -> None:
+        """Check and time one case."""
         l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else 0
         num_sets = min(max(math.ceil(4 * l2 / case.cost.bytes), 2), 128)
         sets = [case.make() for _ in range(num_sets)]
@@ -108,7 +107,6 @@ class Bench:
         timings = {name: Timing.of([t / num_sets for t in values]) for name, values in samples.items()}
         recorder.add(case.op, case.name, case.dtype, timings, case.cost, notes=notes)
         self.left_out(recorder, case.op, case.name, reasons)
-        self.save(recorder)
 
     def _prepare(self, candidate: Candidate, sets: list) -> tuple[Callable[[], object], str]:
         """A function that runs the candidate on every set, warmed up, and how it does so."""
@@ -161,33 +159,33 @@ class Bench:
         return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
     def op(self, name: str, first: int, once: bool) -> None:
-        """All cases of an op from `first` on, as far as the time goes."""
+        """All cases of an op from `first` on, as far as the time goes; `once`: our kernels alone, untimed."""
         for index, make_case in enumerate(OPS[name](self.setting)):
             if index < first:
                 continue
-            case = make_case()
-            print(f"-- {name} {case.name}", flush=True)
+            recorder, label = Recorder(self.setting.device), f"case {index}"
             try:
+                case = make_case()
+                label = case.name
+                print(f"-- {name} {label}", flush=True)
                 if once:
                     case.candidates["esokern"](case.make())
                     if self.cuda:
                         torch.cuda.synchronize()
                 elif self.out_of_time():
-                    recorder = Recorder(self.setting.device)
-                    self.left_out(recorder, name, case.name, {"all": NO_TIME})
-                    self.save(recorder)
+                    self.left_out(recorder, name, label, {"all": NO_TIME})
                 else:
-                    self.measure(case)
+                    self.measure(case, recorder)
             except Exception as error:
                 self.failed = True
-                recorder = Recorder(self.setting.device)
-                self.left_out(recorder, name, case.name, {"esokern": f"{type(error).__name__}: {error}"})
+                self.left_out(recorder, name, label, {"esokern": f"{type(error).__name__}: {error}"})
                 if self.context_is_broken():
                     with self.rows.open("a") as file:  # without its context, which would ask the GPU
                         file.writelines(json.dumps(row) + "\n" for row in recorder.rows)
                     sys.exit(BROKEN_CONTEXT)
+            if not once:
                 self.save(recorder)
-            del case
+            case = None
             gc.collect()
             if self.cuda:
                 torch.cuda.empty_cache()

@@ -39,8 +39,8 @@ def add_norm(
             waits for the host, its rows of out and sum become NaN.
         weight, bias: [hidden], dtype of x; None = no scale, no shift.
         return_sum: False = the sum is neither returned nor stored (unless sum_out is given).
-        out, sum_out: [..., hidden], dtype of x; written and returned. Each may be x (without tokens) or residual itself,
-            `sum_out=residual` for instance; it shares no memory with anything else.
+        out, sum_out: [..., hidden], dtype of x; written and returned. Each may be residual or (without tokens) x
+            itself, as in `sum_out=residual`, and shares no memory with anything else.
         backend: None = the compiled one of x's device, "reference" = PyTorch (any device, float64 too, differentiable).
 
     Returns:

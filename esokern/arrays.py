@@ -7,15 +7,17 @@ which stay shared with the caller's arrays:
     def attention_with_kvcache(...): ...
 
 A call that begins with a torch tensor only pays for that look; under torch.compile nothing is left of it.
-Objects of other types (numbers, strings, a RankMask with its torch tensors) pass through. bfloat16 has no NumPy type of
-its own: arrays of the `ml_dtypes` package's are taken and returned.
+Objects of other types (numbers, strings, a RankMask with its torch tensors) pass through. Neither NumPy nor CuPy has a
+bfloat16 of its own: arrays of the `ml_dtypes` package's type are taken and returned. With CuPy arrays the op runs on
+CuPy's current stream.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 
 _Function = TypeVar("_Function", bound=Callable)
 
+_NAMES = {"numpy": "NumPy", "cupy": "CuPy"}
 _DTYPES = {np.dtype(name) for name in ("float64", "float32", "float16", "int32", "int64", "bool", "uint8")}
 
 
@@ -97,8 +100,7 @@ def _call_with_arrays(
             return _rebuild(value, [into(name, item) for item in value])
         if value_kind is None:
             return value
-        where = f"{op.__name__}: {name}"
-        tensor = _from_numpy(where, value, name in written) if kind == "numpy" else torch.from_dlpack(value)
+        tensor = _from_array(kind, f"{op.__name__}: {name}", value, name in written)
         owners[id(tensor)] = value
         return tensor
 
@@ -109,65 +111,84 @@ def _call_with_arrays(
             return _rebuild(value, [out_of(item) for item in value])
         return value
 
-    tensors = {name: into(name, value) for name, value in arguments.items()}
-    return out_of(op(**tensors))
+    with _stream(kind, arguments):
+        tensors = {name: into(name, value) for name, value in arguments.items()}
+        return out_of(op(**tensors))
 
 
 def _kind_of_call(op: Callable, arguments: dict[str, Any]) -> str:
     """The one kind of array among the arguments; TypeError if there are two."""
     names: dict[str, str] = {}
     for name, value in arguments.items():
-        for kind in _kinds_within(value):
-            names.setdefault(kind, name)
+        for array in _arrays_within(value):
+            names.setdefault(_kinds[type(array)], name)
     if len(names) > 1:
         found = ", ".join(f"{kind} ({name})" for kind, name in names.items())
         raise TypeError(f"{op.__name__}: arguments must be arrays of one kind, got {found}")
     return next(iter(names), "torch")
 
 
-def _kinds_within(value: Any) -> set[str]:
+def _arrays_within(value: Any) -> Iterator[Any]:
     kind = _kinds[type(value)]
     if kind == "sequence":
-        return set().union(*map(_kinds_within, value))
-    return set() if kind is None else {kind}
+        for item in value:
+            yield from _arrays_within(item)
+    elif kind is not None:
+        yield value
+
+
+def _stream(kind: str, arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """For CuPy its current stream as torch's, so that the op comes after what the caller has enqueued and before what
+    follows, and no stream waits for another."""
+    if kind != "cupy":
+        return contextlib.nullcontext()
+    import cupy
+
+    device = next(_arrays_within(list(arguments.values()))).device.id
+    return torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream(device).ptr, device))
 
 
 def _rebuild(like: Any, items: list) -> Any:
     return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
-def _from_numpy(where: str, array: np.ndarray, written: bool) -> torch.Tensor:
-    if written and not array.flags.writeable:
+def _from_array(kind: str, where: str, array: Any, written: bool) -> torch.Tensor:
+    if kind == "numpy" and written and not array.flags.writeable:
         raise ValueError(f"{where}: is written in place, but the array is read-only; pass a writable copy")
     dtype = array.dtype
     bfloat16 = dtype.name == "bfloat16"
     if not bfloat16 and (dtype not in _DTYPES or not dtype.isnative):
         raise TypeError(
-            f"{where}: got a NumPy array of {dtype if dtype.isnative else dtype.str}, supported are native float32, "
-            "float16, bfloat16 (ml_dtypes), int32, int64, bool, and float64 for the reference"
+            f"{where}: got a {_NAMES[kind]} array of {dtype if dtype.isnative else dtype.str}, supported are native "
+            "float32, float16, bfloat16 (ml_dtypes), int32, int64, bool, and float64 for the reference"
         )
     # torch aborts or misreads on these, so they are sorted out before it sees them.
     if any(stride < 0 or stride % dtype.itemsize for stride in array.strides):
         raise ValueError(
             f"{where}: strides {array.strides} bytes are negative or no multiple of the {dtype.itemsize}-byte element; "
-            "pass numpy.ascontiguousarray(...)"
+            f"pass {kind}.ascontiguousarray(...)"
         )
     try:
-        if bfloat16:
+        if bfloat16:  # as integers: not every version of the two exports ml_dtypes' type
             return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_dlpack(array)
     except BufferError as error:  # NumPy < 2.1 does not export read-only memory
-        raise ValueError(f"{where}: NumPy cannot share this array ({error}); pass a writable copy") from None
+        raise ValueError(f"{where}: {_NAMES[kind]} cannot share this array ({error}); pass a writable copy") from None
 
 
 def _to_array(kind: str, tensor: torch.Tensor) -> Any:
     tensor = tensor.detach()
+    bfloat16 = tensor.dtype == torch.bfloat16
+    if bfloat16:
+        tensor = tensor.view(torch.int16)
     if kind == "cupy":
         import cupy
 
-        return cupy.from_dlpack(tensor)
-    if tensor.dtype == torch.bfloat16:
+        array = cupy.from_dlpack(tensor)
+    else:
+        array = tensor.numpy()
+    if bfloat16:
         import ml_dtypes  # there, because an input had its type
 
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        array = array.view(ml_dtypes.bfloat16)
+    return array

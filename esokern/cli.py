@@ -159,8 +159,7 @@ def _device(options: argparse.Namespace) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        built = "is built for the CPU alone" if torch.version.cuda is None else "finds no GPU here"
-        raise ValueError(f"--device {name}: torch {torch.__version__} {built}")
+        raise ValueError(f"--device {name}: torch {torch.__version__} {_why_no_gpu()}")
     if int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     if backends.cuda_architectures() is None and options.backend != "reference":
@@ -370,10 +369,11 @@ def _cuda_kernels() -> str:
     if architectures is None:
         missing = "missing: when esokern was built there was no GPU or no nvcc"
         return f"{missing}; a GPU is here now: build again, with ESOKERN_CUDA=ON" if gpu else missing
-    unused = (
-        "" if gpu else "; torch is built for the CPU alone" if torch.version.cuda is None else "; torch finds no GPU"
-    )
-    return f"built for {architectures}{unused}"
+    return f"built for {architectures}" + ("" if gpu else f"; torch {_why_no_gpu()}")
+
+
+def _why_no_gpu() -> str:
+    return "is built for the CPU alone" if torch.version.cuda is None else "finds no GPU here"
 
 
 def _version(package: str) -> str:
@@ -394,7 +394,7 @@ def _default_model() -> str:
     file = pretrained.DEFAULT_MODEL / "config.json"
     if not file.is_file():
         return f"missing ({pretrained.DEFAULT_MODEL})"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8"))["network"]
     sizes = ", ".join(
         f"{key} {config[key]}" for key in ("hidden_size", "n_blocks", "vocab_size", "length") if key in config
     )

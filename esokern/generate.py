@@ -71,8 +71,8 @@ class GenerationResult:
 
 
 class Stopwatch:
-    """Adds up the time of its `with` blocks: by the clock, or on a GPU by events in the current stream, so that the host
-    waits for nothing before `seconds` is asked for."""
+    """Adds up the time of its `with` blocks: by the clock, or on a GPU by events in the current stream, so that the
+    host waits for nothing before `seconds` is asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

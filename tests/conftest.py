@@ -94,6 +94,16 @@ def backend(request: pytest.FixtureRequest):
     backends.set_isa(before)
 
 
+@pytest.fixture
+def emulator():
+    """The plain build of the emulator as the back end "cuda", threads in order."""
+    if "emulated" not in EMULATED:
+        pytest.skip("`make emulator` builds it")
+    EMULATED["emulated"].set_schedule("in_order")
+    backends.emulate_cuda(EMULATED["emulated"])
+    return EMULATED["emulated"]
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_threads(request: pytest.FixtureRequest):
     """Random numbers that depend on the test alone, and the thread count put back."""

@@ -1,6 +1,9 @@
 """NumPy (and CuPy) arrays through the ops: shared memory in, the same kind out."""
 
+import contextlib
 import math
+import sys
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from esokern.arrays import accept_arrays
+from esokern.backend import cuda_architectures
 from esokern.fused_linear import fused_linear
 from esokern.unmask_sample import merge_vocab_shards, unmask_sample, unmask_sample_from_logits
 
@@ -99,7 +103,16 @@ def test_bfloat16():
     assert result.astype(np.float32).tolist() == [0, 2, 4, 6]
 
 
-def test_fused_linear(backend):
+@pytest.fixture
+def host_backend(backend):
+    """The back ends that take CPU memory, which is where NumPy's arrays are."""
+    if torch.empty(0).is_cuda:
+        pytest.skip("NumPy's arrays are not on a GPU")
+    return backend
+
+
+def test_fused_linear(host_backend):
+    backend = host_backend
     generator = np.random.default_rng(0)
     x, weight = (generator.standard_normal(shape, dtype=np.float32) for shape in ((3, 8), (5, 8)))
     bias, out = np.ones(5, dtype=np.float32), np.zeros((3, 5), dtype=np.float32)
@@ -116,7 +129,8 @@ def test_fused_linear(backend):
         fused_linear(x, torch.from_numpy(weight), backend=backend)
 
 
-def test_unmask_sample(backend):
+def test_unmask_sample(host_backend):
+    backend = host_backend
     generator = np.random.default_rng(0)
     hidden, weight = (generator.standard_normal(shape, dtype=np.float32) for shape in ((3, 8), (50, 8)))
     options = {
@@ -150,12 +164,85 @@ def test_unmask_sample(backend):
     assert math.isfinite(merged.lse.sum())
 
 
-def test_cupy():
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no CUDA device for CuPy: {error}")
+class _Stream(NamedTuple):
+    ptr: int
+
+
+class _Device(NamedTuple):
+    id: int
+
+
+class FakeCupyArray:
+    """What the door asks of a CuPy array, over a NumPy one."""
+
+    def __init__(self, array, device=3):
+        self.array, self.dtype, self.strides, self.device = array, array.dtype, array.strides, _Device(device)
+
+    def view(self, dtype):
+        return FakeCupyArray(self.array.view(dtype))
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+FakeCupyArray.__name__, FakeCupyArray.__module__ = "ndarray", "cupy._core.core"
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """CuPy without a GPU: yields the streams that were torch's current one, as (pointer, device)."""
+    entered = []
+
+    @contextlib.contextmanager
+    def stream(external):
+        entered.append(external)
+        yield
+        entered.append("left")
+
+    module = types.ModuleType("cupy")
+    module.cuda = types.SimpleNamespace(get_current_stream=lambda device: _Stream(1000 + device))
+    module.from_dlpack = lambda tensor: FakeCupyArray(tensor.numpy())
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: (pointer, device))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return entered
+
+
+def test_cupy_stream_and_errors_without_a_gpu(fake_cupy):
+    x, cache = FakeCupyArray(np.arange(3, dtype=np.float32)), FakeCupyArray(np.zeros(3, dtype=np.int32))
+    result = record(x, cache, many=[x])
+    assert fake_cupy == [(1003, 3), "left"]
+    assert result.first is cache
+    assert cache.array.tolist() == [1, 1, 1]
+    assert isinstance(result.second, FakeCupyArray)
+    assert result.second.array.tolist() == [0, 2, 4]
+    with pytest.raises(TypeError, match=r"one kind, got cupy \(x\), torch \(cache\)"):
+        record(x, torch.zeros(2))
+    with pytest.raises(TypeError, match="record: x: got a CuPy array of uint16, supported are"):
+        record(FakeCupyArray(np.ones(2, dtype=np.uint16)))
+    with pytest.raises(ValueError, match=r"record: x: strides \(-4,\) .* pass cupy.ascontiguousarray"):
+        record(FakeCupyArray(np.ones(2, dtype=np.float32)[::-1]))
+
+
+def test_cupy_bfloat16_without_a_gpu(fake_cupy):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="CuPy has no bfloat16 without ml_dtypes")
+    result = record(FakeCupyArray(np.arange(4, dtype=ml_dtypes.bfloat16))).second
+    assert result.dtype == ml_dtypes.bfloat16
+    assert result.array.astype(np.float32).tolist() == [0, 2, 4, 6]
+
+
+@pytest.fixture
+def cupy():
+    module = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if not module.cuda.is_available() or not torch.cuda.is_available():
+        pytest.skip("CuPy or torch finds no GPU")
+    return module
+
+
+def test_cupy(cupy):
     x = cupy.arange(6, dtype=cupy.float32)
     result = record(x)
     assert result.first is x
@@ -163,3 +250,47 @@ def test_cupy():
     assert result.second.tolist() == (x * 2).tolist()
     drawn = unmask_sample_from_logits(cupy.zeros((2, 9)), temperature=0, backend="reference")
     assert isinstance(drawn.tokens, cupy.ndarray)
+
+
+def test_cupy_stream(cupy):
+    """The op waits for nothing and is waited for by nothing, so it must be on the caller's stream to be right."""
+
+    @accept_arrays()
+    def current(x):
+        streams.append(torch.cuda.current_stream().cuda_stream)
+        return x * 2
+
+    streams = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        x = cupy.zeros(2**26, dtype=cupy.float32)
+        for _ in range(20):
+            x += 1
+        total = current(x).sum()
+        assert streams == [stream.ptr]
+        assert float(total) == 2 * 20 * 2**26
+    current(x)
+    assert streams[1] == cupy.cuda.get_current_stream().ptr
+
+
+def test_cupy_bfloat16(cupy):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="CuPy has no bfloat16 without ml_dtypes")
+    try:
+        x = cupy.asarray(np.arange(4, dtype=ml_dtypes.bfloat16))
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this CuPy knows no bfloat16: {error}")
+    result = record(x).second
+    assert isinstance(result, cupy.ndarray)
+    assert result.dtype == ml_dtypes.bfloat16
+    assert cupy.asnumpy(result).astype(np.float32).tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cupy_kernel(cupy, dtype):
+    if cuda_architectures() is None:
+        pytest.skip("the CUDA kernels were not built")
+    generator = np.random.default_rng(0)
+    x, weight = (generator.standard_normal(shape).astype(dtype) for shape in ((3, 64), (40, 64)))
+    out = cupy.zeros((3, 40), dtype=dtype)
+    assert fused_linear(cupy.asarray(x), cupy.asarray(weight), out=out) is out
+    expected = fused_linear(x, weight, backend="reference")
+    np.testing.assert_allclose(cupy.asnumpy(out), expected, atol=2e-5 if dtype == "float32" else 2e-2)

@@ -136,6 +136,39 @@ def test_nothing_to_generate(network, name):
     assert result.nfe == 0
 
 
+def test_stopwatch(monkeypatch):
+    """On a GPU the spans are read from events, and nothing waits before the end. Stand-ins for the events here."""
+    ticks, waits = iter(range(0, 100, 5)), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.milliseconds = next(ticks)
+
+        def synchronize(self):
+            waits.append(self.milliseconds)
+
+        def elapsed_time(self, end):
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    watch = generate.Stopwatch(torch.device("cuda"))
+    assert watch.seconds() == 0
+    for _ in range(3):
+        with watch:
+            pass
+    assert not waits
+    assert watch.seconds() == pytest.approx(0.015)
+    assert waits == [25]
+    watch = generate.Stopwatch(torch.device("cpu"))
+    with watch:
+        pass
+    assert 0 < watch.seconds() < 1
+
+
 def test_phases(network):
     phases = []
     steps = [(5, 1), (2,), (0,), (3,), (4,)]

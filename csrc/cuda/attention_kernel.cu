@@ -14,165 +14,6 @@
 namespace esokern::cuda {
 namespace {
 
-// Bounds on what the lanes of a block see: `any` contains what some lane sees, `all` lies in what every lane sees.
-struct Hull {
-  QueryRange any, all;
-};
-template <class RangeOf>
-__device__ __forceinline__ Hull hull_of(int lanes, const RangeOf& range_of) {
-  Hull h = {{INT32_MIN, INT32_MAX, INT32_MIN}, {INT32_MAX, INT32_MIN, INT32_MAX}};
-  const auto join = [&](const Hull& o) {
-    const auto low = [](int32_t a, int32_t b) { return a < b ? a : b; };
-    const auto high = [](int32_t a, int32_t b) { return a > b ? a : b; };
-    h.any = {high(h.any.prefix_end, o.any.prefix_end), low(h.any.window_start, o.any.window_start),
-             high(h.any.window_end, o.any.window_end)};
-    h.all = {low(h.all.prefix_end, o.all.prefix_end), high(h.all.window_start, o.all.window_start),
-             low(h.all.window_end, o.all.window_end)};
-  };
-  for (int r = threadIdx.x % kWarpSize; r < lanes; r += kWarpSize) {
-    const QueryRange range = range_of(r);
-    // An empty window leaves the hull of windows as it is.
-    const bool window = range.window_start <= range.window_end;
-    join({{range.prefix_end, window ? range.window_start : INT32_MAX, window ? range.window_end : INT32_MIN},
-          range});
-  }
-  for (int lane_mask = 1; lane_mask < kWarpSize; lane_mask *= 2)
-    join({{shfl_xor(h.any.prefix_end, lane_mask), shfl_xor(h.any.window_start, lane_mask),
-           shfl_xor(h.any.window_end, lane_mask)},
-          {shfl_xor(h.all.prefix_end, lane_mask), shfl_xor(h.all.window_start, lane_mask),
-           shfl_xor(h.all.window_end, lane_mask)}});
-  return h;
-}
-
-// The tiles of one split that some lane may see, in order. All threads of a warp take the same steps.
-template <int kBlockKV>
-struct TileWalk {
-  const Hull& hull;
-  const int32_t* rank_ranges;  // of this sequence; nullptr: the row number is the rank
-  int32_t keys;                // of the sequence
-  int32_t tile = 0, end_tile = 0, end_key = 0;
-  int32_t window = -1;  // the 32 tiles that the next two describe begin here
-  uint32_t some = 0, whole = 0;
-
-  __device__ __forceinline__ TileWalk(const Hull& hull, const int32_t* rank_ranges, int32_t keys)
-      : hull(hull), rank_ranges(rank_ranges), keys(keys) {}
-
-  __device__ __forceinline__ void start(int split, const Splits& splits) {
-    tile = split * splits.keys / kBlockKV;
-    end_key = split + 1 == splits.count ? keys : (split + 1) * splits.keys;
-    end_tile = (end_key + kBlockKV - 1) / kBlockKV;
-  }
-  // Moves on to a tile that is not hidden, if need be; false at the end of the split.
-  __device__ __forceinline__ bool find() {
-    while (tile < end_tile) {
-      if (tile / 32 * 32 != window) look(tile / 32 * 32);
-      const uint32_t rest = some >> (tile - window);
-      if ((rest & 1) != 0) return true;
-      tile = rest == 0 ? window + 32 : tile + 1;
-    }
-    return false;
-  }
-  // Every lane sees every key of this tile, which ends before the split does.
-  __device__ __forceinline__ bool unmasked() const {
-    return (whole >> (tile - window) & 1) != 0 && (tile + 1) * kBlockKV <= end_key;
-  }
-  __device__ __forceinline__ void look(int32_t first) {
-    window = first;
-    const int64_t mine = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
-    bool maybe = false, fully = false;
-    if (mine * kBlockKV < keys) {
-      int32_t low = static_cast<int32_t>(mine * kBlockKV);
-      int32_t high = keys - low > kBlockKV ? low + kBlockKV - 1 : keys - 1;
-      if (rank_ranges != nullptr) {
-        const int64_t from = mine * kBlockKV / kRankTile, to = high / kRankTile;
-        low = INT32_MAX;
-        high = INT32_MIN;
-        for (int64_t i = from; i <= to; ++i) {
-          const int32_t tile_low = rank_ranges[2 * i], tile_high = rank_ranges[2 * i + 1];
-          low = tile_low < low ? tile_low : low;
-          high = tile_high > high ? tile_high : high;
-        }
-      }
-      maybe = tile_maybe_visible(hull.any, low, high);
-      fully = tile_fully_visible(hull.all, low, high);
-    }
-    some = ballot(maybe);
-    whole = ballot(fully);
-  }
-};
-
-// Which lanes of which sequence a block has.
-struct Place {
-  int64_t b, all_lanes, first_lane;  // of the sequence and kv head
-  int lanes;                         // 0: nothing to do
-  Sequence seq;
-};
-template <class T, bool kFew>
-__device__ __forceinline__ Place find_place(const AttentionProblem& p) {
-  constexpr int kLanes = kFew ? kFewLanes : kManyLanes;
-  Place place;
-  int64_t block;
-  if (p.packed) {
-    // Sequence b owns the blocks from first_query * group / kLanes + b on: always enough of them.
-    const auto first_block = [&](int64_t b) { return p.sequences[b].first_query * p.group / kLanes + b; };
-    place.b = find_sequence(p.batch, blockIdx.x, first_block);
-    block = blockIdx.x - first_block(place.b);
-  } else {
-    const int64_t blocks = (p.seqlen_q * p.group + kLanes - 1) / kLanes;
-    place.b = blockIdx.x / blocks;
-    block = blocks - 1 - blockIdx.x % blocks;  // causal: the longest first
-  }
-  place.seq = sequence(p, place.b);
-  place.all_lanes = place.seq.rows * p.group;
-  place.first_lane = block * kLanes;
-  const int64_t left = place.all_lanes - place.first_lane;
-  const bool mine = kIsFloat<T> || (place.all_lanes <= kFewLanes) == kFew;
-  place.lanes = !mine || left <= 0 ? 0 : left < kLanes ? static_cast<int>(left) : kLanes;
-  return place;
-}
-
-// A finished row: to the output, or as part of a split. Lane = of the sequence.
-template <class T>
-struct RowOut {
-  T* out;
-  float* part;  // nullptr: this is the output
-  float* lse;   // nullptr = not wanted
-
-  __device__ __forceinline__ RowOut(const AttentionProblem& p, const Place& place, int64_t kv_head,
-                                    int64_t lane, int split, int splits) {
-    const int64_t i = place.seq.first_query + lane / p.group, head = kv_head * p.group + lane % p.group;
-    out = row_of<T>(p.out, place.b, i, head);
-    part = nullptr;
-    lse = p.lse == nullptr ? nullptr : p.lse + place.b * p.lse_batch + head * p.lse_head + i * p.lse_row;
-    if (splits > 1) {
-      const int64_t row = kv_head * p.part_head + place.b * p.part_sequence +
-                          place.seq.first_query * p.group * p.part_lane + lane * splits + split;
-      part = p.part_out + row * p.head_dim;
-      lse = p.part_lse + row;
-    }
-  }
-  // lse2: to base 2, as parts keep it.
-  __device__ __forceinline__ void store_lse(float lse2) const {
-    if (lse != nullptr) *lse = part == nullptr ? lse2 * kLn2 : lse2;
-  }
-  // Columns d and d + 1.
-  __device__ __forceinline__ void store_pair(int d, float x, float y, bool aligned) const {
-    if (part != nullptr) {
-      part[d] = x;
-      part[d + 1] = y;
-      return;
-    }
-    if constexpr (!kIsFloat<T>) {
-      if (aligned) {
-        *reinterpret_cast<uint32_t*>(out + d) = pack<T>(x, y);
-        return;
-      }
-    }
-    out[d] = from_float<T>(x);
-    out[d + 1] = from_float<T>(y);
-  }
-};
-
 // Rows of queries into shared memory: times the sign of the scale, rotated, zeros past the last lane and column.
 template <class Tile, class T>
 __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Place& place, int64_t kv_head,
@@ -302,46 +143,49 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
   const Place place = find_place<T, kFew>(p);
   const int64_t kv_head = blockIdx.z;
   if (place.lanes == 0) return;
-  const Sequence& seq = place.seq;
-  if (seq.keys < 0) return store_nan<T>(p, place, kv_head);
-  const Splits splits = split_keys(place.all_lanes, seq.keys, kIsFloat<T>);
+  if (place.seq.keys < 0) return store_nan<T>(p, place, kv_head);
+  const Splits splits = split_keys(place.all_lanes, place.seq.keys, kIsFloat<T>);
   if (static_cast<int>(blockIdx.y) >= splits.count) return;
 
   Arena arena;
   const typename Tile::Smem smem(arena, p.rotary.half > 0);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int first_row = kFew ? 0 : 16 * warp, first_key = kFew ? warp * Tile::kWarpKeys : 0;
-  const auto range_of = [&](int r) { return query_range(p, place.b, seq, (place.first_lane + r) / p.group); };
-  const Hull hull = hull_of(place.lanes, range_of);
+  if (threadIdx.x < Tile::kLanes) {
+    const int r = static_cast<int>(threadIdx.x) < place.lanes ? threadIdx.x : place.lanes - 1;
+    smem.range[threadIdx.x] = query_range(p, place.b, place.seq, (place.first_lane + r) / p.group);
+  }
+  block_sync();
+  const Hull hull = hull_of(place.lanes, smem.range);
+  if (threadIdx.x == 0) *smem.block = make_block<T>(p, place, splits, hull, kv_head);
+  block_sync();
+  const Block<T>& block = *smem.block;
 
   // Copies run kSlots - 1 tiles ahead, across the splits of this block.
-  const KeyRows<T> keys(p, p.k, place.b, seq, kv_head), values(p, p.v, place.b, seq, kv_head);
   const bool ranked = p.k_rank.data != nullptr;
-  const int32_t* rank_ranges =
-      ranked ? p.rank_ranges + 2 * (place.b * p.rank_tiles + seq.first_key / kRankTile) : nullptr;
-  TileWalk<kBlockKV> ahead(hull, rank_ranges, seq.keys);
+  TileWalk<kBlockKV, Block<T>> ahead = {&block};
   int ahead_split = blockIdx.y, ahead_slot = 0;
-  ahead.start(ahead_split, splits);
+  ahead.start(ahead_split);
   const auto load_keys = [&] {
-    while (ahead_split < splits.count && !ahead.find()) {
+    while (ahead_split < block.splits.count && !ahead.find()) {
       ahead_split += gridDim.y;
-      if (ahead_split < splits.count) ahead.start(ahead_split, splits);
+      if (ahead_split < block.splits.count) ahead.start(ahead_split);
     }
-    if (ahead_split < splits.count) {
+    if (ahead_split < block.splits.count) {
       const int32_t begin = ahead.tile * kBlockKV, j = begin + static_cast<int32_t>(threadIdx.x);
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, keys, begin, ahead.end_key, p.head_dim, p.k.aligned);
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.keys, begin, ahead.end_key, p.head_dim, p.k.aligned);
       if (ranked && threadIdx.x < kBlockKV)
         copy_async_4(smem_address(smem.rank + ahead_slot * kBlockKV + threadIdx.x),
-                     p.k_rank.data + place.b * p.k_rank.batch +
-                         (j < ahead.end_key ? seq.first_key + j : 0) * p.k_rank.row,
+                     p.k_rank.data + block.place.b * p.k_rank.batch +
+                         (j < ahead.end_key ? block.place.seq.first_key + j : 0) * p.k_rank.row,
                      j < ahead.end_key);
     }
     copy_async_commit();
     ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
   };
   const auto load_values = [&] {
-    if (ahead_split < splits.count)
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, values, ahead.tile * kBlockKV, ahead.end_key,
+    if (ahead_split < block.splits.count)
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.values, ahead.tile * kBlockKV, ahead.end_key,
                       p.head_dim, p.v.aligned);
     copy_async_commit();
     ++ahead.tile;
@@ -354,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
   }
   if constexpr (kSlots % 2 == 0) load_keys();
 
-  load_queries<Tile, T>(p, place, kv_head, smem);
+  load_queries<Tile, T>(p, block.place, kv_head, smem);
   block_sync();
   const T* query = smem.query + first_row * kHeadDim;
   uint32_t kept[Tile::kKept][4];
@@ -363,14 +207,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
 #pragma unroll
     for (int k = 0; k < Tile::kKept; ++k) ldmatrix_x4(kept[k], Tile::further(place, 2 * k, 16));
   }
-  QueryRange range[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = first_row + g + 8 * h;
-    range[h] = range_of(r < place.lanes ? r : place.lanes - 1);
-  }
-
-  TileWalk<kBlockKV> walk(hull, rank_ranges, seq.keys);
+  TileWalk<kBlockKV, Block<T>> walk = {&block};
   int slot = 0;
   // Waits for a tile; then the one before it, which all warps have left, is loaded with what comes kSlots - 1 later.
   const auto arrived = [&] {
@@ -379,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
   };
   const auto leave_tile = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
 #pragma unroll 1
-  for (int split = blockIdx.y; split < splits.count; split += gridDim.y) {
+  for (int split = blockIdx.y; split < block.splits.count; split += gridDim.y) {
     RunningSoftmax softmax = {{kNegInf, kNegInf}, {0.0f, 0.0f}};
     float out[Tile::kColumnTiles][4];
 #pragma unroll
@@ -387,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
 #pragma unroll 1
-    for (walk.start(split, splits); walk.find(); ++walk.tile) {
+    for (walk.start(split); walk.find(); ++walk.tile) {
       float scores[Tile::kKeyTiles][4];
 #pragma unroll
       for (int n = 0; n < Tile::kKeyTiles; ++n)
@@ -404,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
       else
         score_halves<Tile, false>(scores, kept, query, query, tile, first_key);
       if (!walk.unmasked()) {
+        const QueryRange range[2] = {smem.range[first_row + g], smem.range[first_row + g + 8]};
 #pragma unroll
         for (int n = 0; n < Tile::kKeyTiles; ++n)
 #pragma unroll
@@ -437,9 +275,9 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
 #pragma unroll
       for (int lanes = 1; lanes <= 2; lanes *= 2) softmax.sum[h] += shfl_xor(softmax.sum[h], lanes);
     if constexpr (kFew)
-      merge_and_store<Tile, T>(p, place, kv_head, split, splits.count, smem, softmax, out);
+      merge_and_store<Tile, T>(p, block.place, kv_head, split, block.splits.count, smem, softmax, out);
     else
-      store_rows<Tile, T>(p, place, kv_head, split, splits.count, softmax, out);
+      store_rows<Tile, T>(p, block.place, kv_head, split, block.splits.count, softmax, out);
   }
   copy_async_wait<0>();
 }
@@ -451,13 +289,13 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const AttentionProble
   const int64_t row = item / p.heads, head = item % p.heads;
   if (row >= p.total_rows) return;
   Place place;
-  place.b = p.packed ? find_sequence(p.batch, row, [&](int64_t b) { return p.sequences[b].first_query; })
-                     : row / p.seqlen_q;
+  place.b = static_cast<int32_t>(
+      p.packed ? find_sequence(p.batch, row, [&](int64_t b) { return p.sequences[b].first_query; })
+               : row / p.seqlen_q);
   place.seq = sequence(p, place.b);
-  place.all_lanes = place.seq.rows * p.group;
   const int64_t i = p.packed ? row - place.seq.first_query : row % p.seqlen_q;
   if (i >= place.seq.rows) return;
-  const Splits splits = split_keys(place.all_lanes, place.seq.keys, kIsFloat<T>);
+  const Splits splits = split_keys(place.seq.rows * p.group, place.seq.keys, kIsFloat<T>);
   if (splits.count == 1) return;
   const int64_t kv_head = head / p.group, lane = i * p.group + head % p.group;
   const RowOut<T> part(p, place, kv_head, lane, 0, splits.count), to(p, place, kv_head, lane, 0, 1);
@@ -499,17 +337,6 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const AttentionProblem p
   to[1] = high;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-int64_t most_lanes(const AttentionProblem& p) {
-  return p.seqlen_q * p.group;
-}
-// The most splits that a sequence of this call can have.
-int64_t most_splits(const AttentionProblem& p, DType dtype) {
-  return split_keys(p.ragged ? 1 : most_lanes(p), p.max_keys, dtype == DType::f32).count;
-}
-
 template <class T, int kHeadDim, bool kFew>
 void launch_attention(const AttentionProblem& p, void* stream) {
   using Tile = Tile<T, kHeadDim, kFew>;
@@ -527,97 +354,6 @@ void launch_attention(const AttentionProblem& p, void* stream) {
 }
 
 }  // namespace
-
-RowsView rows_view(const Tensor& t, bool packed) {
-  if (!t.given()) return {};
-  const int row = t.ndim - 3;
-  ESOKERN_CHECK(t.shape[row + 2] <= 1 || t.stride[row + 2] == 1,
-                "the last dimension (head_dim) must be contiguous, stride", t.stride[row + 2]);
-  RowsView view = {t.data, packed ? 0 : t.stride[0], t.stride[row], t.stride[row + 1], false};
-  const int64_t unit = t.dtype == DType::f32 ? 4 : 8;
-  view.aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && view.batch % unit == 0 &&
-                 view.row % unit == 0 && view.head % unit == 0;
-  return view;
-}
-
-IntsView ints_view(const Tensor& t, bool packed) {
-  if (!t.given()) return {};
-  return {t.ptr<int32_t>(), packed ? 0 : t.stride[0], t.stride[packed ? 0 : 1]};
-}
-
-AttentionProblem make_problem(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-                              const Tensor& v, bool packed, int64_t batch, float softmax_scale) {
-  const int64_t head_dim = q.shape[q.ndim - 1];
-  ESOKERN_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 256,
-                "head_dim: supported are multiples of 8 up to 256", head_dim);
-  ESOKERN_CHECK(k.dtype == q.dtype && v.dtype == q.dtype && out.dtype == q.dtype,
-                "q, k, v and out must have one dtype");
-  AttentionProblem p = {};
-  p.out = rows_view(out, packed);
-  p.q = rows_view(q, packed);
-  p.k = rows_view(k, k.ndim == 3);
-  p.v = rows_view(v, v.ndim == 3);
-  p.lse = lse.ptr<float>();
-  if (lse.given()) {
-    p.lse_batch = packed ? 0 : lse.stride[0];
-    p.lse_head = lse.stride[packed ? 0 : 1];
-    p.lse_row = lse.stride[packed ? 1 : 2];
-  }
-  p.batch = batch;
-  p.heads = q.shape[q.ndim - 2];
-  p.kv_heads = k.shape[k.ndim - 2];
-  p.group = p.heads / p.kv_heads;
-  p.total_rows = packed ? q.shape[0] : q.shape[0] * q.shape[1];
-  p.head_dim = static_cast<int32_t>(head_dim);
-  const int64_t seqlen_q = q.shape[packed ? 0 : 1];
-  ESOKERN_CHECK(seqlen_q * p.heads < INT32_MAX, "too many query rows for one sequence", seqlen_q);
-  p.seqlen_q = static_cast<int32_t>(seqlen_q);
-  p.packed = p.ragged = packed;
-  p.packed_keys = k.ndim == 3;
-  constexpr float kLog2e = 1.4426950408889634f;
-  p.scale = softmax_scale == 0.0f ? 1.0f : kLog2e * (softmax_scale < 0.0f ? -softmax_scale : softmax_scale);
-  p.query_factor = softmax_scale > 0.0f ? 1.0f : softmax_scale < 0.0f ? -1.0f : 0.0f;
-  return p;
-}
-
-int64_t plan_attention(AttentionProblem* problem, DType dtype, void* workspace) {
-  AttentionProblem& p = *problem;
-  if (p.group == 0 || p.total_rows == 0 || p.batch == 0) return 0;
-  ArenaSize size;
-  int64_t ranks_at = 0, out_at = 0, lse_at = 0;
-  const auto place = [&](int64_t count) {
-    size.take<char>(0, 16);
-    const int64_t at = size.bytes();
-    size.take<float>(count, 16);
-    return at;
-  };
-  if (p.k_rank.data != nullptr) {
-    const int64_t tiles = ceil_div(p.max_keys, kRankTile);
-    p.rank_tiles = p.packed_keys ? 1 : tiles;
-    ranks_at = place(2 * (p.packed_keys ? tiles + p.batch : p.batch * tiles));
-  }
-  const int64_t splits = most_splits(p, dtype);
-  if (splits > 1) {
-    // Rows of parts: of every lane, or of every sequence, whichever is less.
-    const int64_t lanes = most_lanes(p), limit = dtype == DType::f32 ? 512 : 1024;  // of lanes times splits
-    const int64_t per_sequence = lanes * splits < limit || lanes <= kFewLanes ? lanes * splits : limit;
-    const int64_t by_lane = p.total_rows * p.group * splits, by_sequence = p.batch * per_sequence;
-    if (p.packed && by_lane < by_sequence)
-      p.part_lane = splits;
-    else
-      p.part_sequence = per_sequence;
-    p.part_head = p.part_lane > 0 ? by_lane : by_sequence;
-    out_at = place(p.kv_heads * p.part_head * p.head_dim);
-    lse_at = place(p.kv_heads * p.part_head);
-  }
-  if (workspace != nullptr) {
-    char* base = static_cast<char*>(workspace);
-    p.rank_ranges = reinterpret_cast<int32_t*>(base + ranks_at);
-    p.part_out = reinterpret_cast<float*>(base + out_at);
-    p.part_lse = reinterpret_cast<float*>(base + lse_at);
-  }
-  return size.bytes();
-}
 
 void run_attention(const AttentionProblem& p, DType dtype, void* stream) {
   if (p.group == 0 || p.total_rows == 0 || p.batch == 0) return;

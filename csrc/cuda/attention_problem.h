@@ -104,6 +104,17 @@ ESOKERN_HD Splits split_keys(int64_t lanes, int32_t keys, bool always_few) {
 
 // --- host
 
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t most_lanes(const AttentionProblem& p) {
+  return p.seqlen_q * p.group;
+}
+// The most splits that a sequence of this call can have.
+inline int64_t most_splits(const AttentionProblem& p, DType dtype) {
+  return split_keys(p.ragged ? 1 : most_lanes(p), p.max_keys, dtype == DType::f32).count;
+}
+
 // Fills in what both ops have in common; checks what the kernels can serve.
 AttentionProblem make_problem(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
                               const Tensor& v, bool packed, int64_t batch, float softmax_scale);

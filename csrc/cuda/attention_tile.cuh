@@ -7,18 +7,10 @@
 //           FFMA on the same fragments: thread (g, t) holds lanes g, g + 8, keys 8 n + 2 t, 8 n + 2 t + 1
 #pragma once
 
-#include "cuda/attention_rows.cuh"
+#include "cuda/attention_block.cuh"
 
 namespace esokern::cuda {
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr float kNegInf = -__builtin_inff();
-constexpr float kLn2 = 0.6931471805599453f;
-
-template <class T>
-constexpr bool kIsFloat = sizeof(T) == 4;
 
 template <class T, int kHeadDim, bool kFew>
 struct Tile {
@@ -28,7 +20,9 @@ struct Tile {
   static constexpr int kWarpKeys = kFew ? kBlockKV / kWarps : kBlockKV;
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kHeadDim / 8;
   static constexpr int kRow = kHeadDim;
-  static constexpr int kBlocks = 1;  // per multiprocessor, at least
+  // Blocks per multiprocessor that registers must allow: as many as do not spill.
+  static constexpr int kBlocks = kIsFloat<T> || kHeadDim >= 128 ? 2 : kFew ? (kHeadDim == 64 ? 4 : 3) : kHeadDim == 64 ? 3 : 2;
+  static constexpr int kFloatUnroll = kHeadDim == 256 ? 1 : 4;  // more would spill
   static constexpr int kMergeStride = kHeadDim + 8;  // floats; eight rows lie in different banks
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kHeadDim / kChunkElements;
@@ -60,6 +54,8 @@ struct Tile {
     T* query;
     T* query_rest;   // what rounding took from `query`; only with rotation
     int32_t* rank;   // [kSlots][kBlockKV], of explicit ranks
+    QueryRange* range;  // [kLanes]
+    Block<T>* block;
     float* merge;    // [kLanes][kMergeStride]; kFew only, like the next
     float* row_max;  // [kWarps][kLanes]
     float* row_sum;
@@ -71,31 +67,12 @@ struct Tile {
           query(source.template take<T>(kLanes * kHeadDim)),
           query_rest(!kIsFloat<T> && rotation ? source.template take<T>(kLanes * kHeadDim) : nullptr),
           rank(source.template take<int32_t>(kSlots * kBlockKV)),
+          range(source.template take<QueryRange>(kLanes)),
+          block(source.template take<Block<T>>(1)),
           merge(kFew ? source.template take<float>(kLanes * kMergeStride) : nullptr),
           row_max(kFew ? source.template take<float>(kWarps * kLanes) : nullptr),
           row_sum(kFew ? source.template take<float>(kWarps * kLanes) : nullptr) {}
   };
-};
-
-// Where the rows of k or v of one (sequence, kv head) lie.
-template <class T>
-struct KeyRows {
-  const T* first;  // row 0 of the outer index 0 if paged
-  int64_t row, page;
-  const int32_t* pages;
-  int32_t page_size;
-
-  __device__ __forceinline__ KeyRows(const AttentionProblem& p, const RowsView& t, int64_t b,
-                                     const Sequence& seq, int64_t kv_head)
-      : first(row_of<T>(t, p.pages == nullptr ? seq.cache_row : 0, seq.first_key, kv_head)),
-        row(t.row),
-        page(t.batch),
-        pages(p.pages == nullptr ? nullptr : p.pages + b * p.pages_batch),
-        page_size(p.page_size) {}
-  __device__ __forceinline__ const T* at(int32_t j) const {
-    if (pages == nullptr) return first + j * row;
-    return first + pages[j / page_size] * page + j % page_size * row;
-  }
 };
 
 // Starts the copies of rows [begin, begin + kBlockKV) into `tile`; zeros at and past `end` and head_dim. A thread has one
@@ -155,7 +132,7 @@ __device__ __forceinline__ void score_floats(float (&scores)[Tile::kKeyTiles][4]
                               static_cast<uint32_t>(Tile::at(first_key + 2 * t + 1, 0))};
 #pragma unroll 1
   for (int group = 0; group < Tile::kChunks; group += 8)
-#pragma unroll
+#pragma unroll 2 * Tile::kFloatUnroll
     for (int chunk = 0; chunk < 8; ++chunk) {
       const float* row = query + group * 4 + (query_at ^ chunk * 4);
       const Float4 low = *reinterpret_cast<const Float4*>(row);
@@ -213,22 +190,26 @@ __device__ __forceinline__ void add_floats(float (&out)[Tile::kColumnTiles][4],
                                            int first_key) {
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
 #pragma unroll
-  for (int key = 0; key < Tile::kWarpKeys; ++key) {
-    const int owner = lane - t + key % 8 / 2;
-    const float low = shfl(weights[key / 8][key % 2], owner);
-    const float high = shfl(weights[key / 8][2 + key % 2], owner);
-    // Columns 8 n + 2 t lie in chunk 2 n + t / 2, which the swizzle moves to (2 n ^ key & 6) + (t / 2 ^ key & 1).
-    const float* row = values + (first_key + key) * Tile::kRow + ((t / 2 ^ (key & 1)) * 4 + t % 2 * 2);
+  for (int tile = 0; tile < Tile::kKeyTiles; ++tile)
+#pragma unroll Tile::kFloatUnroll
+    for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
-    for (int n = 0; n < Tile::kColumnTiles; ++n) {
-      const Float2 value = *reinterpret_cast<const Float2*>(row + (2 * n ^ (key & 6)) * 4);
+      for (int odd = 0; odd < 2; ++odd) {
+        const float low = shfl(weights[tile][odd], lane - t + pair);
+        const float high = shfl(weights[tile][2 + odd], lane - t + pair);
+        // Columns 8 n + 2 t lie in chunk 2 n + t / 2, which the swizzle moves to (2 n ^ 2 pair) + (t / 2 ^ odd).
+        const float* row =
+            values + (first_key + 8 * tile + 2 * pair + odd) * Tile::kRow + ((t / 2 ^ odd) * 4 + t % 2 * 2);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        out[n][i] += low * value.x[i];
-        out[n][2 + i] += high * value.x[i];
+        for (int n = 0; n < Tile::kColumnTiles; ++n) {
+          const Float2 value = *reinterpret_cast<const Float2*>(row + (2 * n ^ 2 * pair) * 4);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            out[n][i] += low * value.x[i];
+            out[n][2 + i] += high * value.x[i];
+          }
+        }
       }
-    }
-  }
 }
 
 // The same for halves. kRest: add too what rounding takes from the weights.

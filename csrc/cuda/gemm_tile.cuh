@@ -90,19 +90,11 @@ class GemmFetch {
   // Issues the next stage and closes its group, which is empty behind the last tile.
   __device__ __forceinline__ void issue() {
     if (tile_ < Tile::tiles(p_)) {
-      const int64_t k = k_ + chunk_ * kElements;
-      unsigned char* to = stages_ + stage_ * Tile::kStageBytes + line_ * Tile::kLineBytes;
-#pragma unroll
-      for (int i = 0; i < Tile::kIds / 16; ++i) {
-        const int64_t id = id_ + 16 * i;
-        copy(to + 16 * i * Tile::kLineBytes + (chunk_ ^ ((line_ / 4 + 4 * i) % 8)) * 16,
-             p_.weight + id * p_.ld_weight, k, id >= 0 && id < p_.ids);
-      }
-      to += Tile::kIds * Tile::kLineBytes;
-#pragma unroll
-      for (int i = 0; i < kRows / 16; ++i)
-        copy(to + 16 * i * Tile::kLineBytes + (chunk_ ^ (line_ % 8)) * 16, p_.x + row_[i] * p_.ld_x, k,
-             row_[i] >= 0);
+      unsigned char* stage = stages_ + stage_ * Tile::kStageBytes;
+      if (p_.aligned)
+        copy_chunks(smem_address(stage));
+      else
+        copy_elements(stage);
       k_ += Tile::kBlockK;
       if (k_ >= p_.depth) {
         tile_ += gridDim.x;
@@ -116,36 +108,61 @@ class GemmFetch {
  private:
   static constexpr int kElements = 16 / sizeof(T);
 
-  __device__ __forceinline__ void begin_tile() {
-    k_ = 0;
-    const int64_t row_blocks = Tile::row_blocks(p_);
-    if (tile_ >= Tile::tiles(p_)) return;
-    id_ = tile_ / row_blocks * Tile::kIds + line_ - p_.shift;
-    const int64_t row = tile_ % row_blocks * kRows + line_;
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      const int64_t r = row + 16 * i;
-      row_[i] = r >= p_.rows ? -1 : p_.x_rows != nullptr ? p_.x_rows[r] : static_cast<int32_t>(r);
-    }
+  __device__ __forceinline__ int32_t row_of(int64_t r) const {
+    return r >= p_.rows ? -1 : p_.x_rows != nullptr ? p_.x_rows[r] : static_cast<int32_t>(r);
   }
 
-  __device__ __forceinline__ void copy(unsigned char* to, const T* line, int64_t k, bool valid) const {
-    if (p_.aligned) {
-      copy_async_16(smem_address(to), line + k, valid && k < p_.depth);
-      return;
-    }
-    T elements[kElements];
+  __device__ __forceinline__ void begin_tile() {
+    k_ = 0;
+    if (tile_ >= Tile::tiles(p_)) return;
+    const int64_t row_blocks = Tile::row_blocks(p_);
+    id_ = tile_ / row_blocks * Tile::kIds + line_ - p_.shift;
+    first_row_ = tile_ % row_blocks * kRows + line_;
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) elements[e] = valid && k + e < p_.depth ? line[k + e] : T{};
-    Bytes16 bytes;
-    memcpy(&bytes, elements, sizeof bytes);
-    store_16(to, bytes);
+    for (int i = 0; i < kRows / 16; ++i) row_[i] = row_of(first_row_ + 16 * i);
+  }
+
+  __device__ __forceinline__ void copy_chunks(uint32_t stage) const {
+    const int64_t k = k_ + chunk_ * kElements;
+    const bool inside = k < p_.depth;
+    uint32_t to = stage + line_ * Tile::kLineBytes;
+    const T* from = p_.weight + id_ * p_.ld_weight + k;
+#pragma unroll
+    for (int i = 0; i < Tile::kIds / 16; ++i) {
+      const int64_t id = id_ + 16 * i;
+      copy_async_16(to + 16 * i * Tile::kLineBytes + (chunk_ ^ ((line_ / 4 + 4 * i) % 8)) * 16, from,
+                    inside && id >= 0 && id < p_.ids);
+      from += 16 * p_.ld_weight;
+    }
+    to += Tile::kIds * Tile::kLineBytes;
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i)
+      copy_async_16(to + 16 * i * Tile::kLineBytes + (chunk_ ^ (line_ % 8)) * 16, p_.x + row_[i] * p_.ld_x + k,
+                    inside && row_[i] >= 0);
+  }
+
+  // What is not aligned: slower, and rolled so that it costs no registers where everything is.
+  __device__ __forceinline__ void copy_elements(unsigned char* stage) const {
+    const int64_t k = k_ + chunk_ * kElements;
+#pragma unroll 1
+    for (int i = 0; i < Tile::kIds + kRows; i += 16) {
+      const bool is_id = i < Tile::kIds;
+      const int64_t id = id_ + i, row = is_id ? -1 : row_of(first_row_ + i - Tile::kIds);
+      const T* line = is_id ? p_.weight + id * p_.ld_weight : p_.x + row * p_.ld_x;
+      const bool valid = is_id ? id >= 0 && id < p_.ids : row >= 0;
+      T elements[kElements];
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) elements[e] = valid && k + e < p_.depth ? line[k + e] : T{};
+      Bytes16 bytes;
+      memcpy(&bytes, elements, sizeof bytes);
+      store_16(stage + (i + line_) * Tile::kLineBytes + (chunk_ ^ (is_id ? (i + line_) / 4 : line_) % 8) * 16, bytes);
+    }
   }
 
   const GemmProblem<T>& p_;
   unsigned char* stages_;
   int line_, chunk_, stage_ = 0;
-  int64_t tile_, k_ = 0, id_ = 0;
+  int64_t tile_, k_ = 0, id_ = 0, first_row_ = 0;
   int32_t row_[kRows / 16] = {};
 };
 
@@ -204,9 +221,12 @@ __device__ __forceinline__ void multiply_float(const unsigned char* stage,
         const Float4 x =
             *reinterpret_cast<const Float4*>(rows + (8 * n + j) * 128 + (chunk ^ (2 * t + j)) * 16);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int c = 0; c < 4; ++c) {
+          float part = w[c].value[0] * x.value[0];  // by fours: a quarter of the roundings of a long sum
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sums[n][c / 2][2 * (c % 2) + j] += w[c].value[e] * x.value[e];
+          for (int e = 1; e < 4; ++e) part += w[c].value[e] * x.value[e];
+          sums[n][c / 2][2 * (c % 2) + j] += part;
+        }
       }
   }
 }

@@ -34,39 +34,44 @@ struct RowsProblem {
   float eps;
 };
 
-// A vector: 16 bytes of T, in registers as floats.
+// 16 bytes of a row: as it is stored, and as floats.
 template <class T>
 constexpr int kVectorSize = 16 / sizeof(T);
 template <class T>
+struct alignas(16) Stored {
+  T element[kVectorSize<T>];
+};
+template <class T>
 using Vector = float[kVectorSize<T>];
 
-// Elements [begin, end) of a row, at most a vector; where kAligned it is a whole one.
+// Elements [begin, end) of a row, at most a vector, and zeros for what is missing. kAligned: a whole one or none.
 template <bool kAligned, class T>
-__device__ __forceinline__ void load_vector(const T* row, int64_t begin, int64_t end, Vector<T>& v) {
-  T element[kVectorSize<T>];
+__device__ __forceinline__ Stored<T> load_vector(const T* row, int64_t begin, int64_t end) {
+  Stored<T> v = {};
   if constexpr (kAligned) {
-    const Bytes16 bytes = load_16(row + begin);
-    memcpy(element, &bytes, 16);
-  }
+    Bytes16 bytes = {};
+    if (begin < end) bytes = load_16(row + begin);
+    memcpy(&v, &bytes, sizeof v);
+  } else {
 #pragma unroll
-  for (int j = 0; j < kVectorSize<T>; ++j) {
-    if constexpr (!kAligned) element[j] = begin + j < end ? row[begin + j] : from_float<T>(0.0f);
-    v[j] = to_float(element[j]);
+    for (int j = 0; j < kVectorSize<T>; ++j)
+      if (begin + j < end) v.element[j] = row[begin + j];
   }
+  return v;
 }
 template <bool kAligned, class T>
 __device__ __forceinline__ void store_vector(T* row, int64_t begin, int64_t end, const Vector<T>& v) {
-  T element[kVectorSize<T>];
+  Stored<T> stored;
 #pragma unroll
-  for (int j = 0; j < kVectorSize<T>; ++j) {
-    element[j] = from_float<T>(v[j]);
-    if constexpr (!kAligned)
-      if (begin + j < end) row[begin + j] = element[j];
-  }
+  for (int j = 0; j < kVectorSize<T>; ++j) stored.element[j] = from_float<T>(v[j]);
   if constexpr (kAligned) {
     Bytes16 bytes;
-    memcpy(&bytes, element, 16);
-    store_16(row + begin, bytes);
+    memcpy(&bytes, &stored, sizeof bytes);
+    if (begin < end) store_16(row + begin, bytes);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectorSize<T>; ++j)
+      if (begin + j < end) row[begin + j] = stored.element[j];
   }
 }
 
@@ -103,50 +108,78 @@ __global__ void __launch_bounds__(kWarpSize*(kWarps == 1 ? kShortRowsPerBlock : 
   T* sum = p.sum == nullptr ? nullptr : p.sum + row * p.ld_sum;
   T* out = p.out + row * p.ld_out;
 
-  const auto add = [&](int64_t at, Vector<T>& v) {
-    if (exists) {
-      load_vector<kAligned>(x, at, p.hidden, v);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) v[j] = NAN;
-    }
-    if (residual == nullptr) return;
-    Vector<T> other;
-    load_vector<kAligned>(residual, at, p.hidden, other);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] = to_float(from_float<T>(other[j] + v[j]));
+  const auto load = [&](const T* whole_row, int64_t at) {
+    return load_vector<kAligned>(whole_row, at, p.hidden);
   };
-  const auto total = [&](const Vector<T>& v) {  // what lies beyond the row is 0
+  const auto add = [&](const Stored<T>& mine, const Stored<T>& other, Vector<T>& v) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      v[j] = exists ? to_float(mine.element[j]) : NAN;
+      if (residual != nullptr) v[j] = to_float(from_float<T>(to_float(other.element[j]) + v[j]));
+    }
+  };
+  const auto total = [&](const Vector<T>& v) {
     float result = 0.0f;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) result += v[j];
     return result;
   };
-
-  // Loads first, stores after them: an output that may be an input would keep the next load waiting.
-  float held[kHeldVectors][kSize] = {};
+  const auto deviation = [&](int64_t at, float mean, const Vector<T>& v) {
+    float result = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    if (first + i * kStride < p.hidden) add(first + i * kStride, held[i]);
+    for (int j = 0; j < kSize; ++j) {
+      const float difference = at + (kAligned ? 0 : j) < p.hidden ? v[j] - mean : 0.0f;
+      result = fmaf(difference, difference, result);
+    }
+    return result;
+  };
+  const auto normalize = [&](float mean, float factor, const Stored<T>& weight, const Stored<T>& bias,
+                             Vector<T>& v) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      v[j] = (v[j] - mean) * factor;
+      if (p.weight != nullptr) v[j] *= to_float(weight.element[j]);
+      if (p.bias != nullptr) v[j] += to_float(bias.element[j]);
+    }
+  };
+
+  // The loads of all held vectors go first: they wait together, and for no store that might have changed them.
+  Vector<T> held[kHeldVectors];
+  Stored<T> ours[kHeldVectors] = {}, others[kHeldVectors] = {};
+  if (exists) {
+#pragma unroll
+    for (int i = 0; i < kHeldVectors; ++i) ours[i] = load(x, first + i * kStride);
+  }
+  if (residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kHeldVectors; ++i) others[i] = load(residual, first + i * kStride);
+  }
   float sums = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeldVectors; ++i) {
+    add(ours[i], others[i], held[i]);
     sums += total(held[i]);
-    if (sum != nullptr && first + i * kStride < p.hidden)
+  }
+  if (sum != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kHeldVectors; ++i)
       store_vector<kAligned>(sum, first + i * kStride, p.hidden, held[i]);
   }
   const int64_t rest = first + kHeldVectors * kStride;
+  const auto add_rest = [&](int64_t at, Vector<T>& v) {
+    add(exists ? load(x, at) : Stored<T>{}, residual != nullptr ? load(residual, at) : Stored<T>{}, v);
+  };
   for (int64_t at = rest; at < p.hidden; at += kStride) {
     Vector<T> v;
-    add(at, v);
+    add_rest(at, v);
     sums += total(v);
     if (sum != nullptr) store_vector<kAligned>(sum, at, p.hidden, v);
   }
   const auto again = [&](int64_t at, Vector<T>& v) {
-    if (sum != nullptr)
-      load_vector<kAligned>(sum, at, p.hidden, v);
-    else
-      add(at, v);
+    if (sum == nullptr) return add_rest(at, v);
+    const Stored<T> stored = load(sum, at);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) v[j] = to_float(stored.element[j]);
   };
 
   float* partial = nullptr;
@@ -156,52 +189,35 @@ __global__ void __launch_bounds__(kWarpSize*(kWarps == 1 ? kShortRowsPerBlock : 
   }
   const float scale = 1.0f / static_cast<float>(p.hidden);
   const float mean = reduce_row<kWarps>(sums, partial) * scale;
-
-  const auto deviation = [&](int64_t at, const Vector<T>& v) {
-    float result = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float difference = kAligned || at + j < p.hidden ? v[j] - mean : 0.0f;
-      result = fmaf(difference, difference, result);
-    }
-    return result;
-  };
   float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    if (first + i * kStride < p.hidden) squares += deviation(first + i * kStride, held[i]);
+  for (int i = 0; i < kHeldVectors; ++i) squares += deviation(first + i * kStride, mean, held[i]);
   for (int64_t at = rest; at < p.hidden; at += kStride) {
     Vector<T> v;
     again(at, v);
-    squares += deviation(at, v);
+    squares += deviation(at, mean, v);
   }
   const float factor = 1.0f / sqrtf(reduce_row<kWarps>(squares, partial + kWarps) * scale + p.eps);
 
-  const auto normalize = [&](int64_t at, Vector<T>& v) {
+  Stored<T> weights[kHeldVectors] = {}, biases[kHeldVectors] = {};
+  if (p.weight != nullptr) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) v[j] = (v[j] - mean) * factor;
-    Vector<T> other;
-    if (p.weight != nullptr) {
-      load_vector<kAligned>(p.weight, at, p.hidden, other);
+    for (int i = 0; i < kHeldVectors; ++i) weights[i] = load(p.weight, first + i * kStride);
+  }
+  if (p.bias != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) v[j] *= other[j];
-    }
-    if (p.bias != nullptr) {
-      load_vector<kAligned>(p.bias, at, p.hidden, other);
+    for (int i = 0; i < kHeldVectors; ++i) biases[i] = load(p.bias, first + i * kStride);
+  }
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) v[j] += other[j];
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    if (first + i * kStride < p.hidden) normalize(first + i * kStride, held[i]);
-#pragma unroll
-  for (int i = 0; i < kHeldVectors; ++i)
-    if (first + i * kStride < p.hidden) store_vector<kAligned>(out, first + i * kStride, p.hidden, held[i]);
+  for (int i = 0; i < kHeldVectors; ++i) {
+    normalize(mean, factor, weights[i], biases[i], held[i]);
+    store_vector<kAligned>(out, first + i * kStride, p.hidden, held[i]);
+  }
   for (int64_t at = rest; at < p.hidden; at += kStride) {
     Vector<T> v;
     again(at, v);
-    normalize(at, v);
+    normalize(mean, factor, p.weight != nullptr ? load(p.weight, at) : Stored<T>{},
+              p.bias != nullptr ? load(p.bias, at) : Stored<T>{}, v);
     store_vector<kAligned>(out, at, p.hidden, v);
   }
 }

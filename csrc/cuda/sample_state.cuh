@@ -74,6 +74,8 @@ __device__ __forceinline__ float float_of_order(int32_t order) {
   return Scalar::from_bits(static_cast<uint32_t>(order ^ (order >> 31 & 0x7fffffff)));
 }
 
+struct Search;
+
 // One call, or a part of its rows, as the kernels see it. Slots are the rows to draw, in order.
 struct SampleProblem {
   int32_t* count;      // how many slots there are

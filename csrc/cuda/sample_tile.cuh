@@ -195,11 +195,16 @@ __device__ __forceinline__ void finish_tile(const SampleProblem& p, const Row& r
   const int chunk = threadIdx.x % kRowLanes;
   finish_logits(p, tile, line, column);
   if (p.logits != nullptr) {
-    if (!in_use) return;
+    float top = -kInfinity;
 #pragma unroll
-    for (int slice = 0; slice < 4; ++slice)
-      *reinterpret_cast<Logits4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) =
-          *tile.at(line, slice, chunk);
+    for (int slice = 0; slice < 4; ++slice) {
+      const Logits4 x = *tile.at(line, slice, chunk);
+      if (in_use) *reinterpret_cast<Logits4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) = x;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) top = x.value[c] <= kLargest ? fmaxf(top, x.value[c]) : kInfinity;
+    }
+    top = reduce_row(top, [](float a, float b) { return fmaxf(a, b); });
+    if (in_use && chunk == 0) atomic_max(p.tops + slot, float_order(top));
     return;
   }
   const State state = sample_tile(p, row, tile, line, column, floor);

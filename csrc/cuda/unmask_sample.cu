@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kThreads) list_rows(SampleProblem p, Rows rows
       const uint64_t seed = static_cast<uint64_t>(rows.seed[row]);
       p.row_index[slot] = static_cast<int32_t>(row);
       p.floors[slot] = float_order(-kInfinity);
+      if (p.filtered) p.tops[slot] = float_order(-kInfinity);
       p.rows[slot] = {temperature,
                       fminf(inverse, kLargest),
                       {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
@@ -115,6 +116,9 @@ __global__ void __launch_bounds__(kThreads) list_rows(SampleProblem p, Rows rows
     }
   }
   if (threadIdx.x == 0) *p.count = slots;
+  if (!p.filtered) return;
+  for (int32_t slot = 0; slot < slots; ++slot)
+    for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) row_bins(p, slot, 0)[i] = 0;
 }
 
 // A block per slot: its states in a fixed order, then its results.
@@ -339,7 +343,11 @@ float* take_scratch(SampleProblem* p, Source& source) {
   p->floors = source.template take<int32_t>(p->slots);
   p->rows = source.template take<Row>(p->slots);
   p->states = source.template take<State>(p->slots * (p->columns / kTile));
-  return p->filtered ? source.template take<float>(p->slots * p->columns) : nullptr;
+  if (!p->filtered) return nullptr;
+  p->tops = source.template take<int32_t>(p->slots);
+  p->bins = source.template take<int32_t>(p->slots * 3 * 2 * kBins);
+  p->searches = source.template take<Search>(p->slots * 2);
+  return source.template take<float>(p->slots * p->columns);
 }
 
 class Workspace {
@@ -434,6 +442,9 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
     else
       launch_logits(p, logits, rows.count, stream);
     if (p.filtered) {
+      for (int step = 0; step < filters.steps(); ++step)
+        launch("add_masses", add_masses, {(p.columns + kPart - 1) / kPart, rows.count}, kFilterThreads,
+               sizeof(FilterSmem), stream, p, filters, step);
       launch("find_prefix", find_prefix, {rows.count}, kFilterThreads, sizeof(FilterSmem), stream, p, filters);
       SampleProblem finished = p;  // softcap is applied already
       finished.logits = nullptr;
