@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
-from gpu_cases import Candidate, Case, Setting, peer
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 import esokern
 from eager import cached_attention
+from gpu_cases import Candidate, Case, Setting, peer
 from harness import Cost
 
 

@@ -20,15 +20,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import gpu_attention_cases
 import gpu_cases
-import torch
-from gpu_cases import Candidate, Case, Setting
-
 from eager import EagerEsoLM
 from esokern import samplers
 from esokern.models import Network, NetworkConfig
 from esokern.samplers.schedule import denoising_schedule
+from gpu_cases import Candidate, Case, Setting
 from harness import Recorder, Timing, gpu_timed, timed
 
 OPS = {

@@ -1,4 +1,4 @@
-"""Which back ends exist, which one a call gets, and how tensors reach the kernels. No other file imports `_cpu`, `_cuda`.
+"""Which back ends exist, which one a call gets, and how tensors reach the kernels. Only it imports `_cpu` and `_cuda`.
 
 A back end is a namespace of functions with the op's name and the argument order of `csrc/ops.h`. Every kernel is also
 registered as a torch operator, `torch.ops.esokern.<name>`, that writes into the tensors it is given; the op cards call

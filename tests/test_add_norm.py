@@ -279,6 +279,8 @@ def test_gradients():
 
 
 def test_numpy(backend):
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("NumPy arrays lie on the host")
     x, options = inputs(3, 8, names=OPTIONS["tokens all"])
     expected, expected_sum = add_norm(x, **options, backend=backend)
     out, total = add_norm(x.numpy(), **{name: t.numpy() for name, t in options.items()}, backend=backend)

@@ -348,6 +348,8 @@ def test_compile():
 
 
 def test_numpy_arrays(backend):
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("NumPy arrays lie on the host")
     q, k, v = tensors(2, 3, 5)
     mask = masks.causal(3, 5)
     out, lse = attention(*(x.numpy() for x in (q, k, v)), mask=mask, return_lse=True, backend=backend)

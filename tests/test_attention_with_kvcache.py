@@ -624,6 +624,8 @@ def test_compile():
 
 def test_numpy_arrays(backend):
     """The caller's own arrays are written in place; the result is an array."""
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("NumPy arrays lie on the host")
     call = make_call([3, 0], 4, **with_rotary(16, 2, 4))
     expected = call.run(backend, commit=True)
     arrays = [x.clone().numpy() for x in (call.q, call.k_cache, call.v_cache, call.k, call.v, call.cache_seqlens)]

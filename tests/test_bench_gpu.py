@@ -6,13 +6,13 @@ import json
 import time
 import types
 
-import gpu
-import gpu_bench
 import pytest
 import torch
-from gpu_cases import Case, Setting
 
+import gpu
+import gpu_bench
 import harness
+from gpu_cases import Case, Setting
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,9 @@ def _asan_environment() -> dict[str, str]:
     """ASan must come before everything else in a process that did not begin with it."""
     compiler = shutil.which("g++") or "c++"
     libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     paths = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "ESOKERN_EMULATORS": "asan"}

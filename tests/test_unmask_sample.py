@@ -46,7 +46,7 @@ def oracle(
     """Row by row in float64 from logits [rows, vocab]. Returns (UnmaskSample of float64, clear): `clear` rows have a
     best score ahead of the next by 1e-4 and no id within 1e-6 of a filter's edge."""
     rows, vocab = logits.shape
-    logits = logits.double().numpy()
+    logits = logits.double().cpu().numpy()
     if logit_softcap is not None:
         logits = logit_softcap * np.tanh(logits / logit_softcap)
     temperature, top_k, top_p, min_p, seed, step = (
@@ -86,7 +86,7 @@ def oracle(
             edge = min(edge, np.abs(tempered - math.log(min_p[row])).min())
             kept &= tempered >= math.log(min_p[row])
         allowed = order[kept]
-        scores = row_logits[allowed] + (t * noise[row, allowed].numpy() if t > 0 else 0.0)
+        scores = row_logits[allowed] + (t * noise[row, allowed].cpu().numpy() if t > 0 else 0.0)
         ranked = np.sort(scores)[::-1]
         gap = ranked[0] - ranked[1] if len(ranked) > 1 else math.inf
         chosen = allowed[scores == ranked[0]].min()
@@ -366,7 +366,7 @@ def test_merge_ties_go_to_the_lowest_id():
 
 def allowed_set(logits: torch.Tensor, top_k=0, top_p=1.0, min_p=0.0, filter_order="top_k_first") -> set[int]:
     """Which ids of one row the filters keep, by a float64 sort."""
-    logits = logits.double().numpy()
+    logits = logits.double().cpu().numpy()
     ids = np.lexsort((np.arange(len(logits)), -logits))
     p = np.exp(logits[ids] - logits[ids[0]])
     k = top_k if top_k > 0 else len(ids)
@@ -380,7 +380,7 @@ def allowed_set(logits: torch.Tensor, top_k=0, top_p=1.0, min_p=0.0, filter_orde
 
 def tied_logits(vocab: int) -> torch.Tensor:
     """5 ids at 3, 20,000 at 1, the rest at 0, scattered."""
-    generator = torch.Generator().manual_seed(vocab)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(vocab)
     logits = torch.zeros(vocab)
     scattered = torch.randperm(vocab, generator=generator)
     logits[scattered[:20_000]] = 1.0

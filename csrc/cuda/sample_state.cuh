@@ -86,6 +86,10 @@ struct SampleProblem {
   int32_t* floors;
   State* states;    // [tile][slots]
   float* logits;    // [slot][columns]; given = store them here instead of sampling
+  // For rows with filters (keep_prefix.cuh).
+  int32_t* tops;  // [slot]: the largest logit (float_order), +inf if one is NaN or +inf
+  int32_t* bins;
+  Search* searches;
   int64_t slots;    // capacity of the arrays above
   int64_t vocab;    // ids; id i is column shift + i
   int64_t columns;  // whole tiles
