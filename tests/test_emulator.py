@@ -39,8 +39,8 @@ def test_fragments_are_those_of_cutlass():
 OPS = ("attention", "attention_with_kvcache", "unmask_sample", "fused_linear", "add_norm")
 # Some cases of every kernel: AddressSanitizer makes them five times slower, and a finding ends the process.
 ASAN_CASES = (
-    "cuda-asan and (test_against_reference or test_every_mask or test_paged or test_ragged or test_shapes or test_filters "
-    "or test_options or test_guards or test_value_errors)"
+    "cuda-asan and (test_against_reference or test_every_mask or test_ragged or test_paged or test_value_errors or "
+    "test_shapes or test_options or test_allowed_set or test_strided or test_carry_over)"
 )
 
 
@@ -70,10 +70,8 @@ def _asan_environment() -> dict[str, str]:
     """ASan must come before everything else in a process that did not begin with it."""
     compiler = shutil.which("g++") or "c++"
     libraries = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in ("libasan.so", "libstdc++.so")
     ]
-    paths = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "ESOKERN_EMULATORS": "asan"}
-    return {**os.environ, **paths}
+    preload = " ".join(library.strip() for library in libraries)
+    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "ESOKERN_EMULATORS": "asan"}

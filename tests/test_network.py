@@ -223,5 +223,7 @@ def test_bad_input_names_the_argument():
         folded(tokens, positions[:5], mask=masks.causal(24))
     with pytest.raises(TypeError, match="tokens and positions"):
         folded(tokens.float(), positions, mask=masks.causal(24))
+    with pytest.raises(ValueError, match="must be on the network's device cpu; got cpu and meta"):
+        folded(tokens, positions.to("meta"), mask=masks.causal(24))
     with pytest.raises(ValueError, match="packed calls need one"):
         folded(tokens[0], positions, mask=masks.causal(24), cu_seqlens_q=torch.tensor([0, 24], dtype=torch.int32))

@@ -98,16 +98,20 @@ struct Block {
   const int32_t* rank_ranges;  // of this sequence; nullptr: the row number is the rank
 };
 template <class T>
-__device__ __forceinline__ KeyRows<T> key_rows(const AttentionProblem& p, const RowsView& t, const Place& place,
-                                               int64_t kv_head) {
+__device__ __forceinline__ KeyRows<T> key_rows(const AttentionProblem& p, const RowsView& t,
+                                               const Place& place, int64_t kv_head) {
   const bool paged = p.pages != nullptr;
   return {row_of<T>(t, paged ? 0 : place.seq.cache_row, place.seq.first_key, kv_head), t.row, t.batch,
           paged ? p.pages + place.b * p.pages_batch : nullptr, p.page_size};
 }
 template <class T>
-__device__ __forceinline__ Block<T> make_block(const AttentionProblem& p, const Place& place, const Splits& splits,
-                                               const Hull& hull, int64_t kv_head) {
-  return {place, splits, hull, key_rows<T>(p, p.k, place, kv_head), key_rows<T>(p, p.v, place, kv_head),
+__device__ __forceinline__ Block<T> make_block(const AttentionProblem& p, const Place& place,
+                                               const Splits& splits, const Hull& hull, int64_t kv_head) {
+  return {place,
+          splits,
+          hull,
+          key_rows<T>(p, p.k, place, kv_head),
+          key_rows<T>(p, p.v, place, kv_head),
           p.k_rank.data == nullptr
               ? nullptr
               : p.rank_ranges + 2 * (place.b * p.rank_tiles + place.seq.first_key / kRankTile)};
@@ -164,48 +168,6 @@ struct TileWalk {
     }
     some = ballot(maybe);
     whole = ballot(fully);
-  }
-};
-
-// A finished row: to the output, or as part of a split. Lane = of the sequence.
-template <class T>
-struct RowOut {
-  T* out;
-  float* part;  // nullptr: this is the output
-  float* lse;   // nullptr = not wanted
-
-  __device__ __forceinline__ RowOut(const AttentionProblem& p, const Place& place, int64_t kv_head,
-                                    int64_t lane, int split, int splits) {
-    const int64_t i = place.seq.first_query + lane / p.group, head = kv_head * p.group + lane % p.group;
-    out = row_of<T>(p.out, place.b, i, head);
-    part = nullptr;
-    lse = p.lse == nullptr ? nullptr : p.lse + place.b * p.lse_batch + head * p.lse_head + i * p.lse_row;
-    if (splits > 1) {
-      const int64_t row = kv_head * p.part_head + place.b * p.part_sequence +
-                          place.seq.first_query * p.group * p.part_lane + lane * splits + split;
-      part = p.part_out + row * p.head_dim;
-      lse = p.part_lse + row;
-    }
-  }
-  // lse2: to base 2, as parts keep it.
-  __device__ __forceinline__ void store_lse(float lse2) const {
-    if (lse != nullptr) *lse = part == nullptr ? lse2 * kLn2 : lse2;
-  }
-  // Columns d and d + 1.
-  __device__ __forceinline__ void store_pair(int d, float x, float y, bool aligned) const {
-    if (part != nullptr) {
-      part[d] = x;
-      part[d + 1] = y;
-      return;
-    }
-    if constexpr (!kIsFloat<T>) {
-      if (aligned) {
-        *reinterpret_cast<uint32_t*>(out + d) = pack<T>(x, y);
-        return;
-      }
-    }
-    out[d] = from_float<T>(x);
-    out[d + 1] = from_float<T>(y);
   }
 };
 

@@ -8,7 +8,7 @@
 // Memory: attention_tile.cuh; a key or value is read once per block, unless hidden.
 // Limits: float32, bfloat16, float16; head_dim a multiple of 8 up to 256. Source: Dao, "FlashAttention-2",
 // arXiv 2307.08691; Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867.
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_output.cuh"
 #include "cuda/dispatch.h"
 
 namespace esokern::cuda {
@@ -44,100 +44,9 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Pl
   }
 }
 
-// Outputs of a sequence with a value out of range.
-template <class T>
-__device__ __forceinline__ void store_nan(const AttentionProblem& p, const Place& place, int64_t kv_head) {
-  if (blockIdx.y != 0) return;
-  const int pairs = p.head_dim / 2;
-  for (int item = threadIdx.x; item < place.lanes * pairs; item += kThreads) {
-    const RowOut<T> row(p, place, kv_head, place.first_lane + item / pairs, 0, 1);
-    row.store_pair(item % pairs * 2, __builtin_nanf(""), __builtin_nanf(""), p.out.aligned);
-    if (item % pairs == 0) row.store_lse(__builtin_nanf(""));
-  }
-}
-
-// Merges what the warps found for their keys, in their order, and stores the rows.
-template <class Tile, class T>
-__device__ __forceinline__ void merge_and_store(const AttentionProblem& p, const Place& place,
-                                                int64_t kv_head, int split, int splits,
-                                                const typename Tile::Smem& smem,
-                                                const RunningSoftmax& softmax,
-                                                const float (&out)[Tile::kColumnTiles][4]) {
-  constexpr int kStride = Tile::kMergeStride;
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    if (t == 0) {
-      smem.row_max[warp * Tile::kLanes + g + 8 * h] = softmax.max[h];
-      smem.row_sum[warp * Tile::kLanes + g + 8 * h] = softmax.sum[h];
-    }
-  block_sync();
-  // Of lane r: the largest score, the sum of weights, and what warp w's part counts.
-  const auto best_of = [&](int r) {
-    float best = kNegInf;
-    for (int w = 0; w < kWarps; ++w) {
-      const float other = smem.row_max[w * Tile::kLanes + r];
-      best = other > best ? other : best;
-    }
-    return best == kNegInf ? 0.0f : best * p.scale;
-  };
-  const auto weight_of = [&](int r, int w, float shift) {
-    return exp2_fast(smem.row_max[w * Tile::kLanes + r] * p.scale - shift);
-  };
-  float weight[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) weight[h] = weight_of(g + 8 * h, warp, best_of(g + 8 * h));
-  for (int turn = 0; turn < kWarps; ++turn) {
-    if (turn == warp) {
-#pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float* sum = smem.merge + (g + i / 2 * 8) * kStride + 8 * n + 2 * t + i % 2;
-          const float mine = out[n][i] * weight[i / 2];
-          *sum = turn == 0 ? mine : *sum + mine;
-        }
-    }
-    block_sync();
-  }
-  const int pairs = p.head_dim / 2;
-  for (int item = threadIdx.x; item < place.lanes * pairs; item += kThreads) {
-    const int r = item / pairs, d = item % pairs * 2;
-    const float shift = best_of(r);
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += smem.row_sum[w * Tile::kLanes + r] * weight_of(r, w, shift);
-    const float inverse = sum > 0.0f ? 1.0f / sum : sum;  // NaN stays NaN
-    const RowOut<T> row(p, place, kv_head, place.first_lane + r, split, splits);
-    row.store_pair(d, smem.merge[r * kStride + d] * inverse, smem.merge[r * kStride + d + 1] * inverse,
-                   p.out.aligned);
-    if (d == 0) row.store_lse(sum == 0.0f ? kNegInf : shift + log2_fast(sum));
-  }
-  block_sync();
-}
-
-// The same where each warp has its own lanes.
-template <class Tile, class T>
-__device__ __forceinline__ void store_rows(const AttentionProblem& p, const Place& place, int64_t kv_head,
-                                           int split, int splits, const RunningSoftmax& softmax,
-                                           const float (&out)[Tile::kColumnTiles][4]) {
-  const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = warp * 16 + g + 8 * h;
-    if (r >= place.lanes) continue;
-    const float sum = softmax.sum[h];
-    const float inverse = sum > 0.0f ? 1.0f / sum : sum;
-    const RowOut<T> row(p, place, kv_head, place.first_lane + r, split, splits);
-#pragma unroll
-    for (int n = 0; n < Tile::kColumnTiles; ++n)
-      if (8 * n < p.head_dim)
-        row.store_pair(8 * n + 2 * t, out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse, p.out.aligned);
-    if (t == 0) row.store_lse(sum == 0.0f ? kNegInf : softmax.max[h] * p.scale + log2_fast(sum));
-  }
-}
-
 template <class T, int kHeadDim, bool kFew>
-__global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) attention_kernel(const AttentionProblem p) {
+__global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
+    attention_kernel(const AttentionProblem p) {
   using Tile = Tile<T, kHeadDim, kFew>;
   constexpr int kSlots = Tile::kSlots, kBlockKV = Tile::kBlockKV;
   const Place place = find_place<T, kFew>(p);
@@ -173,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
     }
     if (ahead_split < block.splits.count) {
       const int32_t begin = ahead.tile * kBlockKV, j = begin + static_cast<int32_t>(threadIdx.x);
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.keys, begin, ahead.end_key, p.head_dim, p.k.aligned);
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.keys, begin, ahead.end_key,
+                      p.head_dim, p.k.aligned);
       if (ranked && threadIdx.x < kBlockKV)
         copy_async_4(smem_address(smem.rank + ahead_slot * kBlockKV + threadIdx.x),
                      p.k_rank.data + block.place.b * p.k_rank.batch +
@@ -185,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
   };
   const auto load_values = [&] {
     if (ahead_split < block.splits.count)
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.values, ahead.tile * kBlockKV, ahead.end_key,
-                      p.head_dim, p.v.aligned);
+      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.values, ahead.tile * kBlockKV,
+                      ahead.end_key, p.head_dim, p.v.aligned);
     copy_async_commit();
     ++ahead.tile;
     ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
@@ -231,13 +141,16 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
       arrived();
-      if constexpr (kSlots % 2 == 0) load_values();
-      else load_keys();
+      if constexpr (kSlots % 2 == 0)
+        load_values();
+      else
+        load_keys();
       const T* tile = smem.ring + slot * kBlockKV * kHeadDim;
       if constexpr (kIsFloat<T>)
         score_floats<Tile>(scores, query, tile, first_key);
       else if (p.rotary.half > 0)
-        score_halves<Tile, true>(scores, kept, query, smem.query_rest + first_row * kHeadDim, tile, first_key);
+        score_halves<Tile, true>(scores, kept, query, smem.query_rest + first_row * kHeadDim, tile,
+                                 first_key);
       else
         score_halves<Tile, false>(scores, kept, query, query, tile, first_key);
       if (!walk.unmasked()) {
@@ -261,8 +174,10 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks) at
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][i] *= keep[i / 2];
       arrived();
-      if constexpr (kSlots % 2 == 0) load_keys();
-      else load_values();
+      if constexpr (kSlots % 2 == 0)
+        load_keys();
+      else
+        load_values();
       tile = smem.ring + slot * kBlockKV * kHeadDim;
       if constexpr (kIsFloat<T>)
         add_floats<Tile>(out, scores, tile, first_key);

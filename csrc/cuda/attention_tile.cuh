@@ -21,9 +21,12 @@ struct Tile {
   static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kHeadDim / 8;
   static constexpr int kRow = kHeadDim;
   // Blocks per multiprocessor that registers must allow: as many as do not spill.
-  static constexpr int kBlocks = kIsFloat<T> || kHeadDim >= 128 ? 2 : kFew ? (kHeadDim == 64 ? 4 : 3) : kHeadDim == 64 ? 3 : 2;
+  static constexpr int kBlocks = kIsFloat<T> || kHeadDim >= 128 ? 2
+                                 : kFew                         ? (kHeadDim == 64 ? 4 : 3)
+                                 : kHeadDim == 64               ? 3
+                                                                : 2;
   static constexpr int kFloatUnroll = kHeadDim == 256 ? 1 : 4;  // more would spill
-  static constexpr int kMergeStride = kHeadDim + 8;  // floats; eight rows lie in different banks
+  static constexpr int kMergeStride = kHeadDim + 8;             // floats; eight rows lie in different banks
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kHeadDim / kChunkElements;
   static constexpr int kTileBytes = kBlockKV * kHeadDim * static_cast<int>(sizeof(T));
@@ -45,15 +48,16 @@ struct Tile {
   // From the place of (row, 0 or 1) to that of (row, `chunk` more), chunk even and constant; in units of `unit`
   // per chunk. Rows 8 n further lie 8 n kHeadDim elements further.
   __device__ __forceinline__ static uint32_t further(uint32_t place, int chunk, int unit) {
-    return (place ^ static_cast<uint32_t>(chunk % kGroup * unit)) + static_cast<uint32_t>(chunk / kGroup * kGroup * unit);
+    return (place ^ static_cast<uint32_t>(chunk % kGroup * unit)) +
+           static_cast<uint32_t>(chunk / kGroup * kGroup * unit);
   }
   static constexpr int kEightRows = 8 * kHeadDim * static_cast<int>(sizeof(T));  // bytes
 
   struct Smem {
     T* ring;
     T* query;
-    T* query_rest;   // what rounding took from `query`; only with rotation
-    int32_t* rank;   // [kSlots][kBlockKV], of explicit ranks
+    T* query_rest;      // what rounding took from `query`; only with rotation
+    int32_t* rank;      // [kSlots][kBlockKV], of explicit ranks
     QueryRange* range;  // [kLanes]
     Block<T>* block;
     float* merge;    // [kLanes][kMergeStride]; kFew only, like the next
@@ -115,10 +119,9 @@ struct alignas(16) Float4 {
 struct alignas(8) Float2 {
   float x[2];
 };
-__device__ __forceinline__ float dot(const Float4& a, const Float4& b, float sum) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum += a.x[i] * b.x[i];
-  return sum;
+// Four products are added among themselves first: a chain of 64 would round too often for float32.
+__device__ __forceinline__ float dot(const Float4& a, const Float4& b) {
+  return (a.x[0] * b.x[0] + a.x[1] * b.x[1]) + (a.x[2] * b.x[2] + a.x[3] * b.x[3]);
 }
 
 // scores[n] = queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile, for float32.
@@ -143,8 +146,8 @@ __device__ __forceinline__ void score_floats(float (&scores)[Tile::kKeyTiles][4]
         for (int n = 0; n < Tile::kKeyTiles; ++n) {
           const Float4 key = *reinterpret_cast<const Float4*>(keys + group * 4 + (key_at[i] ^ chunk * 4) +
                                                               8 * n * Tile::kRow);
-          scores[n][i] = dot(low, key, scores[n][i]);
-          scores[n][2 + i] = dot(high, key, scores[n][2 + i]);
+          scores[n][i] += dot(low, key);
+          scores[n][2 + i] += dot(high, key);
         }
     }
 }

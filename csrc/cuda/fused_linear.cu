@@ -7,6 +7,7 @@
 // Limits: f32, bf16, f16 storage, accumulation in float; last dimensions contiguous; residual may be out, x may not. A
 //   row's result depends on no other row: one order of additions, whatever the tile.
 #include <math.h>
+#include <string.h>
 
 #include "check_rows.h"
 #include "cuda/gemm_tile.cuh"
@@ -21,6 +22,32 @@ template <class T>
 struct alignas(kColumns * sizeof(T)) Outputs {
   T value[kColumns];
 };
+
+// As one access each, which the compiler does not make of a copied struct.
+template <class T>
+__device__ __forceinline__ Outputs<T> load_outputs(const T* from) {
+  Outputs<T> outputs;
+  if constexpr (sizeof outputs == 16) {
+    const Bytes16 bytes = load_16(from);
+    memcpy(&outputs, &bytes, sizeof outputs);
+  } else {
+    const uint64_t bytes = *reinterpret_cast<const uint64_t*>(from);
+    memcpy(&outputs, &bytes, sizeof outputs);
+  }
+  return outputs;
+}
+template <class T>
+__device__ __forceinline__ void store_outputs(T* to, const Outputs<T>& outputs) {
+  if constexpr (sizeof outputs == 16) {
+    Bytes16 bytes;
+    memcpy(&bytes, &outputs, sizeof outputs);
+    store_16(to, bytes);
+  } else {
+    uint64_t bytes;
+    memcpy(&bytes, &outputs, sizeof outputs);
+    *reinterpret_cast<uint64_t*>(to) = bytes;
+  }
+}
 
 // x / 2 (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); the constants take e to 2.
 __device__ __forceinline__ float gelu_tanh(float x) {
@@ -53,48 +80,65 @@ class FinishTile {
       bias_[c] = f_.bias != nullptr && mine + c < f_.columns ? to_float(f_.bias[mine + c]) : 0.0f;
   }
 
+  // In groups of rows: the residual of a whole group is under way before the first of its rows is stored.
   __device__ __forceinline__ void finish(const typename Tile::Sums& sums, unsigned char*, int64_t column,
                                          int64_t row) {
     const int64_t mine = my_column(column);
     if (mine >= f_.columns) return;
 #pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
+    for (int group = 0; group < kRows / 4; group += kGroup) {
+      Outputs<T> given[kGroup];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int64_t r = row + 8 * n + threadIdx.x % 4 * 2 + j;
-        if (r >= f_.rows) continue;
+      for (int i = 0; i < kGroup; ++i) given[i] = load_residual(my_row(row, group + i), mine);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
         float v[kColumns];
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          v[c] = Tile::sum(sums, n, j, c) + bias_[c];
+          v[c] = Tile::sum(sums, (group + i) / 2, (group + i) % 2, c) + bias_[c];
           if (f_.gelu) v[c] = gelu_tanh(v[c]);
+          if (f_.residual != nullptr) v[c] = to_float(given[i].value[c]) + v[c];
         }
-        store(v, r, mine);
+        store(v, my_row(row, group + i), mine);
       }
     }
   }
 
  private:
+  static constexpr int kGroup = kRows == 64 ? 8 : 4;  // 128 rows have no registers for more
+
   __device__ __forceinline__ int64_t my_column(int64_t column) const {
     return column + threadIdx.x / kWarpSize * 32 + threadIdx.x % kWarpSize / 4 * kColumns;
   }
+  // Of this thread's i-th row, sums[i / 2][i % 2] of gemm_tile.cuh.
+  __device__ __forceinline__ int64_t my_row(int64_t row, int i) const {
+    return row + 8 * (i / 2) + threadIdx.x % 4 * 2 + i % 2;
+  }
+
+  __device__ __forceinline__ Outputs<T> load_residual(int64_t row, int64_t column) const {
+    Outputs<T> given = {};
+    if (f_.residual == nullptr || row >= f_.rows) return given;
+    const T* residual = f_.residual + row * f_.ld_residual + column;
+    if (f_.together) return load_outputs(residual);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (column + c < f_.columns) given.value[c] = residual[c];
+    return given;
+  }
 
   __device__ __forceinline__ void store(const float (&v)[kColumns], int64_t row, int64_t column) const {
+    if (row >= f_.rows) return;
     T* out = f_.out + row * f_.ld_out + column;
-    const T* residual = f_.residual == nullptr ? nullptr : f_.residual + row * f_.ld_residual + column;
+    Outputs<T> result;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) result.value[c] = from_float<T>(v[c]);
     if (f_.together) {
-      Outputs<T> given = {}, result;
-      if (residual != nullptr) given = *reinterpret_cast<const Outputs<T>*>(residual);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c)
-        result.value[c] = from_float<T>(residual != nullptr ? to_float(given.value[c]) + v[c] : v[c]);
-      *reinterpret_cast<Outputs<T>*>(out) = result;
-    } else {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c)
-        if (column + c < f_.columns)
-          out[c] = from_float<T>(residual != nullptr ? to_float(residual[c]) + v[c] : v[c]);
+      store_outputs(out, result);
+      return;
     }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (column + c < f_.columns) out[c] = result.value[c];
   }
 
   const Finish<T>& f_;

@@ -137,8 +137,8 @@ class GemmFetch {
     to += Tile::kIds * Tile::kLineBytes;
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i)
-      copy_async_16(to + 16 * i * Tile::kLineBytes + (chunk_ ^ (line_ % 8)) * 16, p_.x + row_[i] * p_.ld_x + k,
-                    inside && row_[i] >= 0);
+      copy_async_16(to + 16 * i * Tile::kLineBytes + (chunk_ ^ (line_ % 8)) * 16,
+                    p_.x + row_[i] * p_.ld_x + k, inside && row_[i] >= 0);
   }
 
   // What is not aligned: slower, and rolled so that it costs no registers where everything is.
@@ -155,7 +155,8 @@ class GemmFetch {
       for (int e = 0; e < kElements; ++e) elements[e] = valid && k + e < p_.depth ? line[k + e] : T{};
       Bytes16 bytes;
       memcpy(&bytes, elements, sizeof bytes);
-      store_16(stage + (i + line_) * Tile::kLineBytes + (chunk_ ^ (is_id ? (i + line_) / 4 : line_) % 8) * 16, bytes);
+      store_16(stage + (i + line_) * Tile::kLineBytes + (chunk_ ^ (is_id ? (i + line_) / 4 : line_) % 8) * 16,
+               bytes);
     }
   }
 

@@ -37,7 +37,9 @@ struct Filters {
   bool top_k_first;
 
   // Steps of the search: four for top_k, then four for top_p, as far as they are given.
-  __host__ __device__ int steps() const { return (top_k.data != nullptr ? 4 : 0) + (top_p.data != nullptr ? 4 : 0); }
+  __host__ __device__ int steps() const {
+    return (top_k.data != nullptr ? 4 : 0) + (top_p.data != nullptr ? 4 : 0);
+  }
   __device__ __forceinline__ bool by_mass(int step) const { return top_k.data == nullptr || step >= 4; }
 };
 
@@ -127,11 +129,12 @@ __device__ __forceinline__ Prefix everything() {
   return {order_key(-kInfinity), kAllTies};
 }
 
-__device__ __forceinline__ Candidates make_candidates(const SampleProblem& p, const Filters& filters, int64_t slot,
-                                                      bool by_mass, Prefix kept) {
+__device__ __forceinline__ Candidates make_candidates(const SampleProblem& p, const Filters& filters,
+                                                      int64_t slot, bool by_mass, Prefix kept) {
   const int32_t row = p.row_index[slot];
   const float temperature = p.rows[slot].temperature;
-  Candidates c = {false, float_of_order(p.tops[slot]), temperature > 0.0f ? temperature : 1.0f, 0.0, 0.0, everything()};
+  Candidates c = {
+      false, float_of_order(p.tops[slot]), temperature > 0.0f ? temperature : 1.0f, 0.0, 0.0, everything()};
   if (by_mass) {
     const float top_p = filters.top_p[row];
     c.wanted = top_p < 1.0f;
@@ -178,8 +181,8 @@ __device__ __forceinline__ Prefix count_ties(const Candidates& from, const Searc
 // Goes down into the bin where the target is reached, by the whole row's histogram of `step`; after a last level,
 // search->kept is the shortest prefix of the candidates that holds their share, at least one of them. For all threads
 // of the block, each with the same search.
-__device__ __forceinline__ void choose_bin(const SampleProblem& p, const Filters& filters, int64_t slot, int step,
-                                           FilterSmem& smem, Search* search) {
+__device__ __forceinline__ void choose_bin(const SampleProblem& p, const Filters& filters, int64_t slot,
+                                           int step, FilterSmem& smem, Search* search) {
   const Candidates from = make_candidates(p, filters, slot, filters.by_mass(step), search->kept);
   if (!from.wanted) return;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, shift = 24 - step % 4 * 8;
@@ -220,8 +223,8 @@ __device__ __forceinline__ void choose_bin(const SampleProblem& p, const Filters
 }
 
 // Where the row's search stands before `step`.
-__device__ __forceinline__ Search resume_search(const SampleProblem& p, const Filters& filters, int64_t slot, int step,
-                                                FilterSmem& smem) {
+__device__ __forceinline__ Search resume_search(const SampleProblem& p, const Filters& filters, int64_t slot,
+                                                int step, FilterSmem& smem) {
   if (step == 0) return {everything(), 0, 0.0, 0};
   Search search = p.searches[slot * 2 + (step - 1) % 2];
   choose_bin(p, filters, slot, step - 1, smem, &search);
@@ -256,12 +259,14 @@ __global__ void __launch_bounds__(kFilterThreads, 2) add_masses(SampleProblem p,
   const uint32_t pattern = level == 0 ? 0u : search.pattern, mask = level == 0 ? 0u : ~0u << (shift + 8);
   const bool all = from.within.ties == kAllTies;
   const auto add = [&](uint32_t key, uint64_t mass) {
-    const int at = static_cast<int>(key >> shift & (kBins - 1)) * kCopies + static_cast<int>(threadIdx.x % kCopies);
+    const int at =
+        static_cast<int>(key >> shift & (kBins - 1)) * kCopies + static_cast<int>(threadIdx.x % kCopies);
     if (mass != 0) add_mass(smem.low + at, smem.high + at, mass);
   };
   for_each_logit(p.logits + slot * p.columns, begin, end, [&](float v) {
     const uint32_t key = order_key(v);
-    if ((key & mask) == pattern && key >= from.within.key && (all || key != from.within.key)) add(key, from.mass(v));
+    if ((key & mask) == pattern && key >= from.within.key && (all || key != from.within.key))
+      add(key, from.mass(v));
   });
   if (begin == 0 && threadIdx.x == 0 && !all && (from.within.key & mask) == pattern)
     add(from.within.key, static_cast<uint64_t>(from.within.ties) * from.mass(from_key(from.within.key)));
@@ -277,8 +282,8 @@ __global__ void __launch_bounds__(kFilterThreads, 2) add_masses(SampleProblem p,
 
 // Column of the `ties`-th logit equal to v, for the thread that owns it: body(column). There are at least so many.
 template <class Body>
-__device__ __forceinline__ void find_tie(const float* x, int64_t count, float v, int64_t ties, FilterSmem& smem,
-                                const Body& body) {
+__device__ __forceinline__ void find_tie(const float* x, int64_t count, float v, int64_t ties,
+                                         FilterSmem& smem, const Body& body) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   // Each warp has a range of whole tiles; it counts there, and the one with the tie looks again.
   const int64_t tiles = count / kTile, begin = tiles * warp / kFilterWarps * kTile,
@@ -328,8 +333,9 @@ __global__ void __launch_bounds__(kFilterThreads, 2) find_prefix(SampleProblem p
     const Candidates all = make_candidates(p, filters, slot, false, kept);
     const float limit = static_cast<float>(log(static_cast<double>(min_p)));
     float least = all.top;
-    for_each_logit(x, 0, p.columns,
-                   [&](float v) { least = (v - all.top) / all.temperature >= limit ? fminf(least, v) : least; });
+    for_each_logit(x, 0, p.columns, [&](float v) {
+      least = (v - all.top) / all.temperature >= limit ? fminf(least, v) : least;
+    });
     least = reduce_block(least, smem, [](float a, float b) { return fminf(a, b); });
     kept = shorter(kept, {order_key(least), kAllTies});
   }

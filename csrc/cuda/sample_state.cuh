@@ -84,8 +84,8 @@ struct SampleProblem {
   // [slot]: the best score that any block has seen (float_order). It only says what need not be looked at closely, so
   // an old value costs time, never a bit of the result.
   int32_t* floors;
-  State* states;    // [tile][slots]
-  float* logits;    // [slot][columns]; given = store them here instead of sampling
+  State* states;  // [tile][slots]
+  float* logits;  // [slot][columns]; given = store them here instead of sampling
   // For rows with filters (keep_prefix.cuh).
   int32_t* tops;  // [slot]: the largest logit (float_order), +inf if one is NaN or +inf
   int32_t* bins;

@@ -199,7 +199,8 @@ __device__ __forceinline__ void finish_tile(const SampleProblem& p, const Row& r
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
       const Logits4 x = *tile.at(line, slice, chunk);
-      if (in_use) *reinterpret_cast<Logits4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) = x;
+      if (in_use)
+        *reinterpret_cast<Logits4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) = x;
 #pragma unroll
       for (int c = 0; c < 4; ++c) top = x.value[c] <= kLargest ? fmaxf(top, x.value[c]) : kInfinity;
     }

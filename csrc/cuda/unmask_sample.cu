@@ -1,19 +1,19 @@
 // token = argmax over ids of logit + temperature * gumbel(seed, position, step, id),
 //   logit = softcap(hidden weight^T + bias);
 //   logprob, prob, margin, entropy and lse of softmax(logit) or of what temperature and filters made of it.
-// Work: list_rows writes what is carried over and lists the rows to draw. The LM head (gemm_tile.cuh) reduces each of
-//   its tiles at once (sample_tile.cuh) to a state of 32 bytes per row and tile; finish_rows merges these in one order
-//   and writes the results. Rows with filters need their logits again once the threshold is known (keep_prefix.h):
-//   the head stores them, find_prefix and sample_logits follow. Logits of the caller go through the same sampler.
-// Memory: weight is read once per 128 rows from memory at most, mostly from L2 for the row blocks after the first.
-//   Per row: 32 bytes per 128 ids, with filters 4 bytes per id more; rows go in batches, so that this stays bounded.
+// Work: list_rows finishes what is carried over and lists the rows to draw. The LM head (sample_head.cuh) reduces each of
+//   its tiles at once (sample_tile.cuh) to a state of 32 bytes per row; finish_rows merges these in one order and writes
+//   the results. Rows with filters need their logits again once the threshold is known (keep_prefix.cuh): the head
+//   stores them, and sample_logits draws. Logits of the caller go through the same sampler, lane for lane.
+// Memory: weight is read from memory once per batch of rows; blocks at work on other rows find its tiles in L2. Per row
+//   32 bytes per 128 ids; with filters 4 bytes per id and 6 KB more. Rows go in batches, so that this stays bounded.
 // Limits: f32, bf16, f16 storage; last dimensions contiguous; vocabulary below 2^31 - 128.
 // Gumbel-max: Maddison, Tarlow, Minka, "A* Sampling", 2014; LM head with the sampler as its epilogue as in
 //   FlashSampling.
 #include "cuda/dispatch.h"
-#include "cuda/gemm_tile.cuh"
 #include "cuda/keep_prefix.cuh"
-#include "cuda/sample_tile.cuh"
+#include "cuda/sample_head.cuh"
+#include "cuda/sample_rows.cuh"
 #include "ops.h"
 
 namespace esokern::cuda {
@@ -22,220 +22,6 @@ namespace {
 constexpr int64_t kBatchRows = 1024;
 constexpr int64_t kFilteredBatchRows = 256;
 constexpr int kThreads = 128;
-
-// --- the rows of the call
-
-// What a kernel reads and writes of rows first_row, first_row + 1, ..., and its outputs, any of which but tokens and
-// invalid may be null.
-struct Rows {
-  int64_t first_row, count;
-  PerRow<float> temperature;
-  PerRow<int64_t> seed, positions, step;
-  int64_t* tokens;
-  uint8_t* invalid;
-  float *logprob, *prob, *margin, *entropy, *lse, *score;
-  int64_t ld_tokens, ld_invalid, ld_logprob, ld_prob, ld_margin, ld_entropy, ld_lse, ld_score;
-  int64_t mask_id, vocab_start;
-  bool sampling_statistics;
-};
-
-__device__ __forceinline__ void put(float* to, int64_t stride, int64_t row, float value) {
-  if (to != nullptr) to[row * stride] = value;
-}
-
-__device__ __forceinline__ void write_carried(const Rows& rows, int64_t row) {  // a token that is there is certain
-  put(rows.logprob, rows.ld_logprob, row, 0.0f);
-  put(rows.prob, rows.ld_prob, row, 1.0f);
-  put(rows.margin, rows.ld_margin, row, 1.0f);
-  put(rows.entropy, rows.ld_entropy, row, 0.0f);
-  put(rows.lse, rows.ld_lse, row, 0.0f);
-  put(rows.score, rows.ld_score, row, kInfinity);
-  rows.invalid[row * rows.ld_invalid] = 0;
-}
-
-__device__ __forceinline__ void write_row(const Rows& rows, const SampleProblem& p, int64_t row, float scale,
-                                          const State& state) {
-  const bool invalid = state.bad != 0 || !(state.score > -kInfinity);
-  rows.invalid[row * rows.ld_invalid] = invalid ? 1 : 0;
-  if (invalid) {
-    const float nan = __builtin_nanf(""), nothing = state.bad != 0 ? nan : -kInfinity;
-    put(rows.logprob, rows.ld_logprob, row, nan);
-    put(rows.prob, rows.ld_prob, row, nan);
-    put(rows.margin, rows.ld_margin, row, nan);
-    put(rows.entropy, rows.ld_entropy, row, nan);
-    put(rows.lse, rows.ld_lse, row, nothing);
-    put(rows.score, rows.ld_score, row, nothing);
-    return;
-  }
-  rows.tokens[row * rows.ld_tokens] = rows.vocab_start + state.column - p.shift;
-  put(rows.score, rows.ld_score, row, state.score);
-  const float log_sum = logf(state.sum);  // of a sum that is at least 1
-  const float logprob = (state.logit - state.top) * scale - log_sum;
-  put(rows.logprob, rows.ld_logprob, row, logprob);
-  put(rows.prob, rows.ld_prob, row, expf(logprob));
-  put(rows.margin, rows.ld_margin, row, (1.0f - expf((state.second - state.top) * scale)) / state.sum);
-  put(rows.entropy, rows.ld_entropy, row, log_sum - state.weighted * kLn2 / state.sum);
-  put(rows.lse, rows.ld_lse, row, state.top * scale + log_sum);
-}
-
-// One block: the rows to draw become slots, in order; the others are finished.
-__global__ void __launch_bounds__(kThreads) list_rows(SampleProblem p, Rows rows) {
-  Arena arena;
-  int32_t* warp_count = arena.take<int32_t>(kThreads / kWarpSize);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int32_t slots = 0;
-  for (int64_t begin = 0; begin < rows.count; begin += kThreads) {
-    const int64_t row = rows.first_row + begin + threadIdx.x;
-    const bool exists = begin + threadIdx.x < rows.count;
-    const bool drawn = exists && (rows.mask_id < 0 || rows.tokens[row * rows.ld_tokens] == rows.mask_id);
-    const uint32_t lanes = ballot(drawn);
-    if (lane == 0) warp_count[warp] = count_bits(lanes);
-    block_sync();
-    int32_t slot = slots + count_bits(lanes & ((1u << lane) - 1u));
-    for (int w = 0; w < kThreads / kWarpSize; ++w) {
-      if (w < warp) slot += warp_count[w];
-      slots += warp_count[w];
-    }
-    block_sync();
-    if (drawn) {
-      const float temperature = rows.temperature[row];
-      const float inverse = rows.sampling_statistics && temperature > 0.0f ? 1.0f / temperature : 1.0f;
-      const uint64_t seed = static_cast<uint64_t>(rows.seed[row]);
-      p.row_index[slot] = static_cast<int32_t>(row);
-      p.floors[slot] = float_order(-kInfinity);
-      if (p.filtered) p.tops[slot] = float_order(-kInfinity);
-      p.rows[slot] = {temperature,
-                      fminf(inverse, kLargest),
-                      {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-                      static_cast<uint32_t>(rows.positions[row]),
-                      static_cast<uint32_t>(rows.step[row]),
-                      -kInfinity,
-                      INT32_MAX};
-    } else if (exists) {
-      write_carried(rows, row);
-    }
-  }
-  if (threadIdx.x == 0) *p.count = slots;
-  if (!p.filtered) return;
-  for (int32_t slot = 0; slot < slots; ++slot)
-    for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) row_bins(p, slot, 0)[i] = 0;
-}
-
-// A block per slot: its states in a fixed order, then its results.
-__global__ void __launch_bounds__(kThreads) finish_rows(SampleProblem p, Rows rows) {
-  Arena arena;
-  State* warp_state = arena.take<State>(kThreads / kWarpSize);
-  const int64_t slot = blockIdx.x;
-  if (slot >= *p.count) return;
-  const float scale = p.rows[slot].scale;
-  State state = empty_state();
-  for (int64_t tile = threadIdx.x; tile < p.columns / kTile; tile += kThreads)
-    state = merge(state, p.states[tile * p.slots + slot], scale);
-#pragma unroll
-  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-    State other;
-    other.score = shfl_xor(state.score, lanes);
-    other.logit = shfl_xor(state.logit, lanes);
-    other.column = shfl_xor(state.column, lanes);
-    other.bad = shfl_xor(state.bad, lanes);
-    other.top = shfl_xor(state.top, lanes);
-    other.second = shfl_xor(state.second, lanes);
-    other.sum = shfl_xor(state.sum, lanes);
-    other.weighted = shfl_xor(state.weighted, lanes);
-    state = merge(state, other, scale);
-  }
-  if (threadIdx.x % kWarpSize == 0) warp_state[threadIdx.x / kWarpSize] = state;
-  block_sync();
-  if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < kThreads / kWarpSize; ++warp) state = merge(state, warp_state[warp], scale);
-  write_row(rows, p, p.row_index[slot], scale, state);
-}
-
-// --- the LM head
-
-// The sampler behind a tile of the GEMM. The sums pass through the free stage of its pipeline, up to 32 rows at a time.
-template <class T, int kRows>
-class SampleEpilogue {
-  using Tile = GemmTile<T, kRows>;
-  static constexpr int kLines = kRows < 32 ? kRows : 32;
-  static_assert(LogitsTile<kLines>::kBytes + kRows * (sizeof(Row) + sizeof(float)) <= Tile::kStageBytes);
-
- public:
-  __device__ __forceinline__ SampleEpilogue(const SampleProblem& p, const T* bias, int64_t count)
-      : p_(p), bias_(bias), count_(count) {}
-
-  // Thread i fetches what row i asks for.
-  __device__ __forceinline__ void begin(int64_t, int64_t first) {
-    const int64_t slot = first + threadIdx.x;
-    if (threadIdx.x >= kRows || slot >= count_) return;
-    row_ = p_.rows[slot];
-    floor_ = load_relaxed(p_.floors + slot);
-  }
-
-  __device__ __forceinline__ void finish(const typename Tile::Sums& sums, unsigned char* scratch, int64_t column,
-                                         int64_t first) {
-    const LogitsTile<kLines> tile = {scratch};
-    Row* rows = reinterpret_cast<Row*>(scratch + LogitsTile<kLines>::kBytes);
-    float* floors = reinterpret_cast<float*>(rows + kRows);
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4;
-    Logits4 bias = {};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t id = column + 32 * warp + 4 * g + c - p_.shift;
-      if (bias_ != nullptr && id >= 0 && id < p_.vocab) bias.value[c] = to_float(bias_[id]);
-    }
-    block_sync();
-    if (threadIdx.x < kRows) {
-      rows[threadIdx.x] = row_;
-      floors[threadIdx.x] = float_of_order(floor_);
-    }
-#pragma unroll 1
-    for (int begin = 0; begin < kRows && first + begin < count_; begin += kLines) {
-#pragma unroll
-      for (int part = 0; part < kRows; part += kLines)
-        if (part == begin) put_rows(sums, part, bias, tile);
-      block_sync();
-#pragma unroll 1
-      for (int i = 0; i < kLines && first + begin + i < count_; i += kThreads / kRowLanes) {
-        const int line = i + threadIdx.x / kRowLanes;
-        const int64_t slot = first + begin + line;
-        finish_tile(p_, rows[begin + line], floors[begin + line], slot < count_, tile, line, slot, column);
-      }
-      block_sync();
-    }
-  }
-
- private:
-  // Sums of rows part .. part + kLines - 1, with bias.
-  __device__ __forceinline__ static void put_rows(const typename Tile::Sums& sums, int part, const Logits4& bias,
-                                                  LogitsTile<kLines> tile) {
-    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < kLines / 8; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Logits4 x;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) x.value[c] = Tile::sum(sums, part / 8 + n, j, c) + bias.value[c];
-        *tile.at(8 * n + 2 * t + j, warp, g) = x;
-      }
-  }
-
-  const SampleProblem& p_;
-  const T* bias_;
-  int64_t count_;
-  Row row_ = {};
-  int32_t floor_ = 0;
-};
-
-template <class T, int kRows>
-__global__ void __launch_bounds__(kThreads, 2) sample_head(SampleProblem p, GemmProblem<T> gemm, const T* bias) {
-  Arena arena;
-  unsigned char* stages = arena.take<unsigned char>(GemmTile<T, kRows>::kSharedBytes, 1024);
-  gemm.rows = *p.count;
-  SampleEpilogue<T, kRows> epilogue(p, bias, gemm.rows);
-  gemm_tiles<T, kRows>(gemm, stages, epilogue);
-}
 
 // --- logits that exist
 
@@ -373,8 +159,8 @@ struct Head {
     gemm.rows = rows;  // at most; the grid goes by it
     gemm.x_rows = p.row_index;
     const auto run = [&]<int kRows>() {
-      launch("sample_head", sample_head<T, kRows>, {GemmTile<T, kRows>::blocks(gemm)}, kThreads,
-             GemmTile<T, kRows>::kSharedBytes, stream, p, gemm, bias);
+      launch("sample_head", sample_head<T, kRows>, {GemmTile<T, kRows>::blocks(gemm)},
+             GemmTile<T, kRows>::kThreads, GemmTile<T, kRows>::kSharedBytes, stream, p, gemm, bias);
     };
     const int block_rows = gemm_rows(rows);
     if (block_rows == 16) return run.template operator()<16>();
@@ -428,14 +214,15 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
     head.bias = args.bias.ptr<T>();
   } else {
     const T* data = args.logits.ptr<T>();
-    const bool aligned = reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0 && args.logits.stride[0] % 4 == 0;
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0 && args.logits.stride[0] % 4 == 0;
     logits = {data, args.logits.stride[0], p.shift, p.vocab, false, aligned && p.shift == 0};
   }
 
   const int64_t total = total_rows(args);
   for (rows.first_row = 0; rows.first_row < total; rows.first_row += p.slots) {
     rows.count = total - rows.first_row < p.slots ? total - rows.first_row : p.slots;
-    launch("list_rows", list_rows, {1}, kThreads, 128, stream, p, rows);
+    launch("list_rows", list_rows, {1}, kRowThreads, 128, stream, p, rows);
     p.logits = stored;
     if (args.hidden.given())
       head.launch_head(p, rows.count, stream);
@@ -445,13 +232,15 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
       for (int step = 0; step < filters.steps(); ++step)
         launch("add_masses", add_masses, {(p.columns + kPart - 1) / kPart, rows.count}, kFilterThreads,
                sizeof(FilterSmem), stream, p, filters, step);
-      launch("find_prefix", find_prefix, {rows.count}, kFilterThreads, sizeof(FilterSmem), stream, p, filters);
+      launch("find_prefix", find_prefix, {rows.count}, kFilterThreads, sizeof(FilterSmem), stream, p,
+             filters);
       SampleProblem finished = p;  // softcap is applied already
       finished.logits = nullptr;
       finished.softcap = 0.0f;
       launch_logits<float>(finished, {stored, p.columns, 0, p.columns, true, true}, rows.count, stream);
     }
-    launch("finish_rows", finish_rows, {rows.count}, kThreads, 4 * sizeof(State), stream, p, rows);
+    launch("finish_rows", finish_rows, {rows.count}, kRowThreads, kRowThreads / kWarpSize * sizeof(State),
+           stream, p, rows);
   }
 }
 

@@ -609,6 +609,11 @@ class FoldedNetwork:
             raise ValueError(f"tokens must be {layout}; got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32) or positions.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens and positions must be int64 or int32; got {tokens.dtype} and {positions.dtype}")
+        if not tokens.device == positions.device == self.device:
+            raise ValueError(
+                f"tokens and positions must be on the network's device {self.device}; got {tokens.device} and "
+                f"{positions.device}"
+            )
         if positions.shape not in (tokens.shape, tokens.shape[-1:]):
             raise ValueError(f"positions {tuple(positions.shape)} do not fit tokens {tuple(tokens.shape)}")
         if cache is None and mask is None:
