@@ -484,7 +484,7 @@ def test_filters_that_keep_all_change_nothing(compiled):
     hidden, weight, bias = lm_head(5, 32, 900)
     options = {"positions": torch.arange(5), "mask_id": 0, **ALL, "backend": compiled}
     whole = unmask_sample(hidden, weight, bias, **options)
-    for filters in ({"top_p": 1.0}, {"top_k": 0}, {"top_k": -1}, {"top_k": 900}, {"min_p": 0.0}):
+    for filters in ({"top_p": 1.0}, {"top_k": 0}, {"top_k": -1}, {"top_k": 900}, {"top_k": 5000}, {"min_p": 0.0}):
         assert_same(unmask_sample(hidden, weight, bias, **filters, **options), whole)
         as_tensors = {name: torch.full((5,), value) for name, value in filters.items()}
         assert_same(unmask_sample(hidden, weight, bias, **as_tensors, **options), whole)

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kBins = 2048;
 constexpr int64_t kAllTies = INT64_MAX;
+constexpr uint32_t kLowestKey = 0x007fffff;  // order_key of -inf
 
 struct Prefix {
   uint32_t key;  // of the last logit kept
@@ -162,7 +163,7 @@ inline void find_prefix(const float* x, int64_t count, int64_t top_k, float top_
   const float top = fast_reduce_max(largest);
   if (any(~good) || !(top > -kInfinity)) return;  // an invalid row; the draw reports it
   const float temperature = row->temperature > 0.0f ? row->temperature : 1.0f;
-  const Prefix everything = {0, kAllTies};
+  const Prefix everything = {kLowestKey, kAllTies};
   Prefix kept = everything;
   if (top_k > 0 && top_k < count)
     kept = shortest_prefix({x, count, top, temperature, false, everything}, static_cast<double>(top_k), true,

@@ -39,7 +39,7 @@ Call plan(const AttentionArgs& a, void* workspace) {
   Call call = {make_problem(a.out, a.lse, a.q, a.k, a.v, packed, batch, a.softmax_scale), 0, 0};
   AttentionProblem& p = call.problem;
   const int64_t keys = a.k.shape[packed ? 0 : 1];
-  ESOKERN_CHECK(keys < INT32_MAX, "too many keys", keys);
+  ESOKERN_CHECK(keys < kMaxKeys, "too many keys", keys);
   p.max_keys = static_cast<int32_t>(keys);
   p.chunk_mask = a.k_rank.given() ? kExplicitRank : kEveryKeyVisible;
   p.k_rank = ints_view(a.k_rank, packed);

@@ -27,6 +27,9 @@ AttentionProblem make_problem(const Tensor& out, const Tensor& lse, const Tensor
                 "head_dim: supported are multiples of 8 up to 256", head_dim);
   ESOKERN_CHECK(k.dtype == q.dtype && v.dtype == q.dtype && out.dtype == q.dtype,
                 "q, k, v and out must have one dtype");
+  ESOKERN_CHECK(k.shape[k.ndim - 2] > 0, "kv_heads must divide heads, kv_heads", k.shape[k.ndim - 2]);
+  ESOKERN_CHECK(batch > 0 || q.shape[0] == 0, "rows of no sequence: cu_seqlens has one entry, rows",
+                q.shape[0]);
   AttentionProblem p = {};
   p.out = rows_view(out, packed);
   p.q = rows_view(q, packed);

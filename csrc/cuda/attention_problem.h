@@ -83,9 +83,10 @@ struct AttentionProblem {
 };
 
 constexpr int kRankTile = 32;
-constexpr int kFewLanes = 16;    // sequences of up to so many lanes are taken by the kernel for few rows
-constexpr int kManyLanes = 64;   // lanes of a block of the other kernel
-constexpr int kSplitKeys = 256;  // a split has at least so many keys
+constexpr int kFewLanes = 16;   // sequences of up to so many lanes are taken by the kernel for few rows
+constexpr int kManyLanes = 64;  // lanes of a block of the other kernel
+constexpr int32_t kMaxKeys = 1 << 30;  // of a sequence
+constexpr int kSplitKeys = 256;        // a split has at least so many keys
 
 // How the keys of a sequence are split among blocks: a function of its own lengths only.
 struct Splits {

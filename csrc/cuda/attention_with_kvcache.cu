@@ -131,7 +131,7 @@ Call plan(const AttentionWithKvcacheArgs& a, void* workspace) {
   p = make_problem(a.out, a.lse, a.q, a.k_cache, a.v_cache, packed, batch, a.softmax_scale);
   p.ragged = packed || a.seqused_q.given();
   const int64_t capacity = a.k_cache.shape[1] * (paged ? a.page_table.shape[1] : 1);
-  ESOKERN_CHECK(capacity < INT32_MAX, "too many rows of cache for one sequence", capacity);
+  ESOKERN_CHECK(capacity < kMaxKeys, "too many rows of cache for one sequence", capacity);
   p.max_keys = static_cast<int32_t>(capacity);
   if (paged) {
     ESOKERN_CHECK(a.page_table.shape[1] <= 1 || a.page_table.stride[1] == 1,

@@ -87,12 +87,12 @@ void mma_lanes(Warp& warp) {
       d[g + 8][2 * t + h] = lane.d[2 + h];
     }
   }
-  for (int row = 0; row < 16; ++row) {
-    float sum[8];
-    memcpy(sum, d[row], sizeof(sum));
+  for (int row = 0; row < 16; ++row) {  // products and their sum are exact, then rounded once
+    double sum[8];
+    for (int column = 0; column < 8; ++column) sum[column] = d[row][column];
     for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
-    memcpy(d[row], sum, sizeof(sum));
+      for (int column = 0; column < 8; ++column) sum[column] += static_cast<double>(a[row][k]) * b[k][column];
+    for (int column = 0; column < 8; ++column) d[row][column] = static_cast<float>(sum[column]);
   }
   for (int i = 0; i < kWarp; ++i)
     for (int h = 0; h < 2; ++h) {
