@@ -3,8 +3,9 @@
 //   warp    kFew: the four warps share 16 lanes and split the keys of a tile; else each has 16 lanes and all keys
 //   memory  a ring of kSlots tiles, in the order K0 V0 K1 V1 ...; rows of 16-byte chunks, XOR-swizzled so that eight
 //           rows of one chunk lie in different banks
-//   numbers bf16 and f16 by mma, with the part of a rotated query that rounding loses in a second mma; float32 by
-//           FFMA on the same fragments: thread (g, t) holds lanes g, g + 8, keys 8 n + 2 t, 8 n + 2 t + 1
+//   numbers bf16 and f16 by mma; what rounding takes from a rotated query, and with kFew from the weights, goes into a
+//           second mma. float32 by FFMA on the same fragments: thread (g, t) holds lanes g, g + 8 and keys (or columns)
+//           8 n + 2 t, 8 n + 2 t + 1
 #pragma once
 
 #include "cuda/attention_block.cuh"
@@ -30,12 +31,10 @@ struct Tile {
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kHeadDim / kChunkElements;
   static constexpr int kTileBytes = kBlockKV * kHeadDim * static_cast<int>(sizeof(T));
-  // As many as leave room for the blocks that registers allow.
-  static constexpr int kSlots = kHeadDim == 256       ? 2
-                                : !kFew               ? (kHeadDim == 128 ? 3 : 4)
-                                : kTileBytes <= 8192  ? 6
-                                : kTileBytes <= 16384 ? 4
-                                                      : 3;
+  // As many as leave room for the blocks that registers allow; 24 KB and more under way in each.
+  static constexpr int kSlots = kHeadDim == 256                                    ? 2
+                                : kTileBytes > 16384 || (!kFew && kHeadDim == 128) ? 3
+                                                                                   : 4;
   static constexpr bool kKeepQuery = !kIsFloat<T> && kHeadDim <= 128;  // query fragments stay in registers
   static constexpr int kKept = kKeepQuery ? kHeadDim / 16 : 1;
 
@@ -45,11 +44,11 @@ struct Tile {
     const int swizzled = kGroup == 8 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
     return row * kHeadDim + swizzled * kChunkElements;
   }
-  // From the place of (row, 0 or 1) to that of (row, `chunk` more), chunk even and constant; in units of `unit`
-  // per chunk. Rows 8 n further lie 8 n kHeadDim elements further.
-  __device__ __forceinline__ static uint32_t further(uint32_t place, int chunk, int unit) {
-    return (place ^ static_cast<uint32_t>(chunk % kGroup * unit)) +
-           static_cast<uint32_t>(chunk / kGroup * kGroup * unit);
+  // From the shared address of (row, 0 or 1) to that of (row, `chunk` more), chunk even and constant. Rows 8 n further
+  // lie n kEightRows bytes further.
+  __device__ __forceinline__ static uint32_t further(uint32_t address, int chunk) {
+    return (address ^ static_cast<uint32_t>(chunk % kGroup * 16)) +
+           static_cast<uint32_t>(chunk / kGroup * kGroup * 16);
   }
   static constexpr int kEightRows = 8 * kHeadDim * static_cast<int>(sizeof(T));  // bytes
 
@@ -124,7 +123,7 @@ __device__ __forceinline__ float dot(const Float4& a, const Float4& b) {
   return (a.x[0] * b.x[0] + a.x[1] * b.x[1]) + (a.x[2] * b.x[2] + a.x[3] * b.x[3]);
 }
 
-// scores[n] = queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile, for float32.
+// scores[n] += queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile, for float32.
 template <class Tile>
 __device__ __forceinline__ void score_floats(float (&scores)[Tile::kKeyTiles][4], const float* query,
                                              const float* keys, int first_key) {
@@ -169,13 +168,13 @@ __device__ __forceinline__ void score_halves(float (&scores)[Tile::kKeyTiles][4]
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = kept[k / 2][i];
     } else {
-      ldmatrix_x4(a, Tile::further(query_place, k, 16));
+      ldmatrix_x4(a, Tile::further(query_place, k));
     }
-    if constexpr (kRest) ldmatrix_x4(rest, Tile::further(rest_place, k, 16));
+    if constexpr (kRest) ldmatrix_x4(rest, Tile::further(rest_place, k));
 #pragma unroll
     for (int n = 0; n < Tile::kKeyTiles; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, Tile::further(key_place, k, 16) + n * Tile::kEightRows);
+      ldmatrix_x4(b, Tile::further(key_place, k) + n * Tile::kEightRows);
       if constexpr (kRest) {
         mma_m16n8k16<T>(scores[n], rest, b[0], b[1]);
         mma_m16n8k16<T>(scores[n + 1], rest, b[2], b[3]);
@@ -235,7 +234,7 @@ __device__ __forceinline__ void add_halves(float (&out)[Tile::kColumnTiles][4],
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, Tile::further(place, n, 16) + k * Tile::kEightRows);
+      ldmatrix_x4_trans(b, Tile::further(place, n) + k * Tile::kEightRows);
       if constexpr (kRest) {
         mma_m16n8k16<T>(out[n], rest, b[0], b[1]);
         mma_m16n8k16<T>(out[n + 1], rest, b[2], b[3]);
