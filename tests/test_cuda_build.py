@@ -20,12 +20,15 @@ from esokern import backend
 
 ARCHITECTURES = ["80", "90", "100", "120"]
 
-# Kernel (part of its name) -> instructions its half-precision forms must show: tensor cores, matrix loads, asynchronous
-# copies, 16-byte accesses.
+# Kernel (a pattern for its mangled name) -> what its forms for bfloat16 and float16 must show: tensor cores, matrix
+# loads, 16-byte asynchronous copies, 16-byte accesses.
+GEMM = {"HMMA", "LDSM", "LDGSTS.E.BYPASS"}
 CLAIMS = {
-    "attention_kernel": {"HMMA", "LDSM", "LDGSTS.E.BYPASS", "MUFU.EX2"},
-    "sample_kernel": {"HMMA", "LDSM", "LDGSTS.E.BYPASS"},
-    "linear_kernel": {"HMMA", "LDSM", "LDGSTS.E.BYPASS"},
+    r"\dattention_kernelI": GEMM | {"MUFU.EX2"},
+    r"\dsample_headI": GEMM,
+    r"\dfused_linear_kernelI": GEMM,
+    r"\dsample_logitsI": {"LDG.E.128"},
+    r"\dnormalize_rows_kernelI\S+Lb1E": {"LDG.E.128", "STG.E.128"},  # of aligned rows
 }
 
 
@@ -90,7 +93,9 @@ def test_no_local_memory_in_the_instructions(architecture):
 @pytest.mark.parametrize("kernel", CLAIMS)
 def test_kernels_use_the_instructions_they_claim(kernel, architecture):
     halves = {
-        name: code for name, code in _sass(architecture).items() if kernel in name and re.search(r"\db?f16E", name)
+        name: code
+        for name, code in _sass(architecture).items()
+        if re.search(kernel, name) and re.search(r"\db?f16E", name)
     }
     assert halves, f"no {kernel} for sm_{architecture}"
     for name, code in halves.items():
