@@ -43,6 +43,11 @@ TESTS = (
 BROKEN_CONTEXT = 3  # of gpu_bench.py: a kernel broke its process; go on with the next case in a new one
 
 
+def built_in_place() -> bool:
+    """Whether the checkout itself can be imported; if not, the installed package is what runs."""
+    return any((ROOT / "esokern").glob("_cpu*.so"))
+
+
 class Session:
     """The clock, the output folder, and what came out so far."""
 
@@ -71,12 +76,15 @@ class Session:
     def run(self, name: str, command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
         """Exit status (124 = stopped at the limit) and output of a command; the output also goes to DIR/name.log."""
         log = self.out / f"{name}.log"
-        paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+        def before(first: str, variable: str) -> str:
+            return os.pathsep.join(filter(None, [first, os.environ.get(variable)]))
+
         environment = {
             "OMP_WAIT_POLICY": "passive",
             **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PATH": paths,
+            "PATH": before(str(Path(sys.executable).parent), "PATH"),
+            **({"PYTHONPATH": before(str(ROOT), "PYTHONPATH")} if built_in_place() else {}),
             **environment,
         }
         with log.open("a") as file:

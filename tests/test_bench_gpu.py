@@ -152,13 +152,13 @@ def test_graphs_and_events_with_stand_ins(tmp_path, monkeypatch):
     assert (ours["how"], ours["sets"]) == ("graph", 25)  # 4 x 50 bytes of cache, 8 bytes a set
     assert peer["how"] == "eager, no graph: operation not permitted when stream is capturing"
     assert ours["median_us"] > 0
-    assert ours["ratio_to_best_alternative"] == peer["median_us"] / ours["median_us"]
+    assert ours["ratio_to_best_alternative"] == pytest.approx(peer["median_us"] / ours["median_us"])
 
 
 def test_sections_are_processes_and_failures_go_on(tmp_path, monkeypatch, capsys):
     run = session(tmp_path)
-    status, output = run.run("echo", ["sh", "-c", "echo $PYTHONPATH; exit 7"], 10)
-    assert (status, output.strip()) == (7, str(gpu.ROOT))
+    status, output = run.run("echo", ["sh", "-c", "echo $OMP_WAIT_POLICY; exit 7"], 10)
+    assert (status, output.strip()) == (7, "passive")
     assert run.run("sleep", ["sleep", "20"], 0.1)[0] == 124
     monkeypatch.setattr(gpu, "OPS", {"add_norm": 0.9})
     gpu.bench(run)

@@ -46,7 +46,9 @@ ASAN_CASES = (
 
 @needs_build
 def test_kernels_under_address_sanitizer():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ASAN_CASES]
+    # Not -m pytest, which would put the checkout before the installed package.
+    start = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "-q", "-x", "-p", "no:cacheprovider", "-k", ASAN_CASES]
     command += [f"tests/test_{op}.py" for op in OPS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_asan_environment())
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
