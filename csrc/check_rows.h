@@ -1,5 +1,5 @@
-// What every back end checks of the ops on rows, fused_linear and add_norm: shapes, strides, and shared memory by the
-// pointers alone, so it serves host and device memory. Functions have internal linkage (see common/hd.h).
+// What every back end checks of the ops on rows, fused_linear, add_norm and unmask_sample: shapes, strides, dtypes, and
+// shared memory by the pointers alone, so it serves host and device memory. Functions have internal linkage (see common/hd.h).
 #pragma once
 
 #include "ops.h"
@@ -80,6 +80,32 @@ static inline void check_args(const AddNormArgs& args) {
                   "add_norm: an output shares memory with residual without being residual itself");
   }
   ESOKERN_CHECK(!overlap(args.out, args.sum), "add_norm: out and sum share memory");
+}
+
+static inline void check_args(const UnmaskSampleArgs& args) {
+  ESOKERN_CHECK(args.logits.given() != (args.hidden.given() && args.weight.given()),
+                "unmask_sample: either logits or hidden and weight");
+  const Tensor* const matrices[] = {&args.hidden, &args.weight, &args.logits};
+  for (const Tensor* t : matrices)
+    ESOKERN_CHECK(
+        !t->given() || (t->ndim == 2 && contiguous_rows(*t)),
+        "unmask_sample: hidden, weight and logits must be matrices with a contiguous last dimension");
+  ESOKERN_CHECK(!args.hidden.given() ||
+                    (args.weight.dtype == args.hidden.dtype && args.weight.shape[1] == args.hidden.shape[1]),
+                "unmask_sample: weight must be [vocab, hidden_size] in the dtype of hidden");
+  ESOKERN_CHECK(!args.bias.given() || (args.hidden.given() && args.bias.dtype == args.hidden.dtype &&
+                                       is_vector(args.bias, args.weight.shape[0])),
+                "unmask_sample: bias must be a contiguous [vocab] in the dtype of hidden");
+  ESOKERN_CHECK(args.tokens.given() && args.invalid.given(),
+                "unmask_sample: tokens and invalid are written always");
+  // ptr() refuses a wrong dtype: here, where an exception can still travel.
+  const Tensor* const floats[] = {&args.logprob, &args.prob,  &args.margin,      &args.entropy, &args.lse,
+                                  &args.score,   &args.top_p, &args.temperature, &args.min_p};
+  for (const Tensor* t : floats) t->ptr<float>();
+  const Tensor* const integers[] = {&args.tokens, &args.seed, &args.positions, &args.step};
+  for (const Tensor* t : integers) t->ptr<int64_t>();
+  args.top_k.ptr<int32_t>();
+  args.invalid.ptr<uint8_t>();
 }
 
 }  // namespace esokern

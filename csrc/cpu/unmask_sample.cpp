@@ -11,6 +11,7 @@
 // Limits: f32, bf16, f16 storage; last dimensions contiguous; vocabulary below 2^31 - 128.
 // Gumbel-max: Maddison, Tarlow, Minka, "A* Sampling", 2014; LM head with the sampler as its epilogue as in
 //   FlashSampling.
+#include "check_rows.h"
 #include "cpu/dispatch_dtype.h"
 #include "cpu/keep_prefix.h"
 #include "cpu/parallel.h"
@@ -272,38 +273,11 @@ void launch(const UnmaskSampleArgs& args) {
   }
 }
 
-void check_last_contiguous(const Tensor& tensor) {
-  if (!tensor.given()) return;
-  ESOKERN_CHECK(tensor.ndim == 2 && (tensor.stride[1] == 1 || tensor.shape[1] <= 1),
-                "unmask_sample: hidden, weight and logits must be matrices with a contiguous last dimension");
-}
-
 }  // namespace
 
 void unmask_sample(const UnmaskSampleArgs& args) {
-  ESOKERN_CHECK(args.logits.given() != (args.hidden.given() && args.weight.given()),
-                "unmask_sample: either logits or hidden and weight");
-  check_last_contiguous(args.hidden);
-  check_last_contiguous(args.weight);
-  check_last_contiguous(args.logits);
+  check_args(args);
   const Tensor& source = args.hidden.given() ? args.hidden : args.logits;
-  ESOKERN_CHECK(!args.hidden.given() ||
-                    (args.weight.dtype == source.dtype && args.weight.shape[1] == args.hidden.shape[1]),
-                "unmask_sample: weight must be [vocab, hidden_size] in the dtype of hidden");
-  ESOKERN_CHECK(!args.bias.given() || (args.hidden.given() && args.bias.dtype == source.dtype &&
-                                       args.bias.ndim == 1 && args.bias.shape[0] == args.weight.shape[0] &&
-                                       (args.bias.stride[0] == 1 || args.bias.shape[0] <= 1)),
-                "unmask_sample: bias must be a contiguous [vocab] in the dtype of hidden");
-  ESOKERN_CHECK(args.tokens.given() && args.invalid.given(),
-                "unmask_sample: tokens and invalid are written always");
-  // ptr() refuses a wrong dtype: here, where an exception can still travel.
-  const Tensor* const floats[] = {&args.logprob, &args.prob,  &args.margin,      &args.entropy, &args.lse,
-                                  &args.score,   &args.top_p, &args.temperature, &args.min_p};
-  for (const Tensor* tensor : floats) tensor->ptr<float>();
-  const Tensor* const integers[] = {&args.tokens, &args.seed, &args.positions, &args.step};
-  for (const Tensor* tensor : integers) tensor->ptr<int64_t>();
-  args.top_k.ptr<int32_t>();
-  args.invalid.ptr<uint8_t>();
   dispatch_dtype(source.dtype, [&](auto type) { launch<decltype(type)>(args); });
 }
 

@@ -10,6 +10,7 @@
 // Limits: f32, bf16, f16 storage; last dimensions contiguous; vocabulary below 2^31 - 128.
 // Gumbel-max: Maddison, Tarlow, Minka, "A* Sampling", 2014; LM head with the sampler as its epilogue as in
 //   FlashSampling.
+#include "check_rows.h"
 #include "cuda/dispatch.h"
 #include "cuda/keep_prefix.cuh"
 #include "cuda/sample_head.cuh"
@@ -244,12 +245,6 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
   }
 }
 
-void check_last_contiguous(const Tensor& tensor) {
-  if (!tensor.given()) return;
-  ESOKERN_CHECK(tensor.ndim == 2 && (tensor.stride[1] == 1 || tensor.shape[1] <= 1),
-                "unmask_sample: hidden, weight and logits must be matrices with a contiguous last dimension");
-}
-
 }  // namespace
 
 int64_t unmask_sample_workspace(const UnmaskSampleArgs& args) {
@@ -260,21 +255,8 @@ int64_t unmask_sample_workspace(const UnmaskSampleArgs& args) {
 }
 
 void unmask_sample(const UnmaskSampleArgs& args, void* workspace, void* stream) {
-  ESOKERN_CHECK(args.logits.given() != (args.hidden.given() && args.weight.given()),
-                "unmask_sample: either logits or hidden and weight");
-  check_last_contiguous(args.hidden);
-  check_last_contiguous(args.weight);
-  check_last_contiguous(args.logits);
+  check_args(args);
   const Tensor& source = args.hidden.given() ? args.hidden : args.logits;
-  ESOKERN_CHECK(!args.hidden.given() ||
-                    (args.weight.dtype == source.dtype && args.weight.shape[1] == args.hidden.shape[1]),
-                "unmask_sample: weight must be [vocab, hidden_size] in the dtype of hidden");
-  ESOKERN_CHECK(!args.bias.given() || (args.hidden.given() && args.bias.dtype == source.dtype &&
-                                       args.bias.ndim == 1 && args.bias.shape[0] == args.weight.shape[0] &&
-                                       (args.bias.stride[0] == 1 || args.bias.shape[0] <= 1)),
-                "unmask_sample: bias must be a contiguous [vocab] in the dtype of hidden");
-  ESOKERN_CHECK(args.tokens.given() && args.invalid.given(),
-                "unmask_sample: tokens and invalid are written always");
   ESOKERN_CHECK(source.shape[0] <= INT32_MAX, "unmask_sample: at most 2^31 - 1 rows", source.shape[0]);
   if (source.shape[0] == 0) return;
   dispatch_dtype(source.dtype, [&]<class T>() { run<T>(args, workspace, stream); });
