@@ -1,7 +1,8 @@
-"""Cases of the two attention ops, with torch's, flash-attn's and FlashInfer's forms of the same work."""
+"""Cases of the attention ops, with torch's, flash-attn's and FlashInfer's forms of the same work."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -173,7 +174,7 @@ def _flashinfer(
     return call
 
 
-# --- attention: whole sequences.
+# --- attention: whole sequences, alone and with gradients.
 
 
 def attention(setting: Setting) -> Iterator[Callable[[], Case]]:
@@ -181,6 +182,42 @@ def attention(setting: Setting) -> Iterator[Callable[[], Case]]:
     for shape in shapes:
         for kind in ("causal", "any order", "bidirectional", "block diffusion 2L"):
             yield functools.partial(_attention, setting, *shape, kind)
+
+
+def attention_backward(setting: Setting) -> Iterator[Callable[[], Case]]:
+    """The cases of `attention`, each candidate with its gradients."""
+    for make_case in attention(setting):
+        yield functools.partial(_with_gradients, setting, make_case)
+
+
+def _with_gradients(setting: Setting, make_case: Callable[[], Case]) -> Case:
+    case = make_case()
+
+    def make() -> SimpleNamespace:
+        inputs = case.make()
+        inputs.dout = setting.randn(*inputs.q.shape)
+        return inputs
+
+    def differentiated(candidate: Candidate) -> Candidate:
+        def call(s: SimpleNamespace) -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (s.q, s.k, s.v)]
+                out = candidate(_attention_inputs(*leaves))
+                return (out.detach(), *torch.autograd.grad(out, leaves, s.dout))
+
+        return call
+
+    # Two matrix products forward and five backward; 12 tensors pass: q, k, v, out, then all of them again with their
+    # gradients.
+    cost = Cost(bytes=3 * case.cost.bytes, flops=3.5 * case.cost.flops)
+    candidates = {name: differentiated(candidate) for name, candidate in case.candidates.items()}
+    return dataclasses.replace(case, op="attention_backward", cost=cost, make=make, candidates=candidates)
+
+
+def _attention_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SimpleNamespace:
+    """q, k and v as ours take them, and as [batch, heads, seqlen, head_dim] for torch."""
+    heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
+    return SimpleNamespace(q=q, k=k, v=v, heads_q=heads_q, heads_k=heads_k, heads_v=heads_v)
 
 
 def _attention(setting: Setting, batch: int, seqlen: int, heads: int, head_dim: int, kind: str) -> Case:
@@ -195,9 +232,7 @@ def _attention(setting: Setting, batch: int, seqlen: int, heads: int, head_dim: 
     share = 1.0 if dense is None else dense.double().mean().item()
 
     def make() -> SimpleNamespace:
-        q, k, v = (setting.randn(batch, seqlen, heads, head_dim) for _ in range(3))
-        heads_q, heads_k, heads_v = (x.transpose(1, 2) for x in (q, k, v))
-        return SimpleNamespace(q=q, k=k, v=v, heads_q=heads_q, heads_k=heads_k, heads_v=heads_v)
+        return _attention_inputs(*(setting.randn(batch, seqlen, heads, head_dim) for _ in range(3)))
 
     def attend(s: SimpleNamespace) -> torch.Tensor:
         options = {"is_causal": True} if kind == "causal" else {"attn_mask": dense}

@@ -37,6 +37,8 @@ OPS = {
         gpu_attention_cases.attention_with_kvcache,
         gpu_cases.unmask_sample,
         gpu_attention_cases.attention,
+        gpu_attention_cases.attention_backward,
+        gpu_cases.masked_cross_entropy,
         gpu_cases.fused_linear,
         gpu_cases.add_norm,
     )
@@ -89,10 +91,13 @@ class Bench:
             try:
                 got = candidate(sets[0])
                 if case.alike and name not in case.partial:
-                    expected = got.float() if expected is None else expected
-                    difference = (got.float() - expected).abs().max().item()
-                    if not difference < 0.05 * max(expected.abs().max().item(), 1.0):
-                        raise ValueError(f"differs from esokern's result by {difference:.3g}")
+                    results = got if isinstance(got, tuple) else (got,)
+                    expected = results if expected is None else expected
+                    for result, wanted in zip(results, expected, strict=True):
+                        difference = (result.float() - wanted.float()).abs().max().item()
+                        if not difference < 0.05 * max(wanted.float().abs().max().item(), 1.0):
+                            raise ValueError(f"differs from esokern's result by {difference:.3g}")
+                    del results
                 del got
                 runs[name], how = self._prepare(candidate, sets)
                 notes[name] = {"how": how, "sets": num_sets} | ({"partial": True} if name in case.partial else {})
@@ -304,7 +309,7 @@ def main() -> None:
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")  # SDPA's, about inputs that a back end does not take
     bench = Bench(Setting(options.device, options.small), options.rows, time.monotonic() + options.seconds)
-    with torch.inference_mode():
+    with torch.no_grad():
         for op in options.op:
             if op == "generate":
                 generation(bench)

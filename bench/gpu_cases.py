@@ -1,6 +1,6 @@
 """What bench/gpu.py times: for each op its cases, and for each case the peers that do the same work.
 
-Here what cases are, and those of sampling and of the layers between; attention has a file of its own.
+Here what cases are, and those of sampling, of the loss and of the layers between; attention has a file of its own.
 
 A case makes input sets on demand, and its candidates take one set each. A peer that is not installed, or that cannot do
 a case, is named in `absent` with the reason: a table without a peer says why.
@@ -26,8 +26,9 @@ Candidate = Callable[[SimpleNamespace], object]
 
 @dataclasses.dataclass
 class Case:
-    """One comparison. `make` returns a fresh input set; candidate "esokern" is ours, and if `alike` all results must
-    agree with its. Those in `partial` do a part of the work only, for orientation: they compete with nobody."""
+    """One comparison. `make` returns a fresh input set; candidate "esokern" is ours, and if `alike` all results,
+    tensors or tuples of them, must agree with its. Those in `partial` do a part of the work only, for orientation: they
+    compete with nobody."""
 
     op: str
     name: str
@@ -125,6 +126,87 @@ def _unmask_sample(setting: Setting, rows: int, hidden_size: int, vocab: int, to
             case, "matmul + flashinfer", "flashinfer.sampling", "top_p_sampling_from_probs",
             lambda f: lambda s: f(logits(s).float().softmax(-1), top_p),
         )  # fmt: skip
+    return case
+
+
+# --- masked_cross_entropy: LM head and loss, alone as in evaluation, and with its gradients as in training.
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight and targets: the sum
+
+
+def masked_cross_entropy(setting: Setting) -> Iterator[Callable[[], Case]]:
+    shapes = [  # rows, share of them that is predicted, hidden_size, vocab
+        (8192, 1.0, 768, 50258),
+        (8192, 0.5, 768, 50258),
+        (16384, 1.0, 256, 8193),
+        (4096, 1.0, 4096, 151936),
+    ]
+    if setting.small:
+        shapes = [(7, 0.5, 64, 999)]
+    for shape in shapes:
+        for backward in (True, False):
+            yield functools.partial(_masked_cross_entropy, setting, *shape, backward)
+
+
+def _masked_cross_entropy(
+    setting: Setting, rows: int, predicted: float, hidden_size: int, vocab: int, backward: bool
+) -> Case:
+    def make() -> SimpleNamespace:
+        targets = torch.randint(vocab, (rows,), device=setting.device)
+        targets[int(predicted * rows) :] = -100
+        weight = setting.randn(vocab, hidden_size).mul_(hidden_size**-0.5)
+        order = torch.randperm(rows, device=setting.device)
+        return SimpleNamespace(hidden=setting.randn(rows, hidden_size), weight=weight, targets=targets[order])
+
+    def candidate(loss: Loss) -> Candidate:
+        def with_gradients(s: SimpleNamespace) -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in (s.hidden, s.weight)]
+                total = loss(*inputs, s.targets)
+                return (total.detach(), *torch.autograd.grad(total, inputs))
+
+        return with_gradients if backward else lambda s: loss(s.hidden, s.weight, s.targets)
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="sum")
+
+    def matmuls(s: SimpleNamespace) -> torch.Tensor:
+        logits = s.hidden @ s.weight.T
+        return (logits @ s.weight, logits.T @ s.hidden) if backward else logits
+
+    matmuls_alone = "three matmuls alone" if backward else "matmul alone"
+    passes = 3 if backward else 1
+    cost = Cost(
+        bytes=passes * (vocab + rows) * hidden_size * torch.finfo(setting.dtype).bits // 8,
+        flops=passes * 2 * predicted * rows * hidden_size * vocab,
+    )
+    name = f"rows {rows} ({predicted:.0%}) D{hidden_size} V{vocab}" + (" + gradients" if backward else "")
+    candidates = {
+        "esokern": candidate(lambda h, w, t: esokern.masked_cross_entropy(h, w, t).sum()),
+        "linear + cross_entropy": candidate(plain),
+        matmuls_alone: matmuls,
+    }
+    case = Case("masked_cross_entropy", name, setting.dtype, cost, make, candidates)
+    case.partial = frozenset({matmuls_alone})
+    if setting.device == "cuda":
+        torch._dynamo.reset()  # every shape is a program of its own
+        case.candidates["compiled"] = candidate(torch.compile(plain, dynamic=False))
+    else:
+        case.absent["compiled"] = "the compiled form is timed on GPUs only"
+    peer(
+        case, "torch chunked", "torch.nn", "LinearCrossEntropyOptions",
+        lambda options: candidate(
+            lambda h, w, t: functional.linear_cross_entropy(h, w, t, reduction="sum", options=options())
+        ),
+    )  # fmt: skip
+    peer(
+        case, "liger", "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss",
+        lambda loss: candidate(lambda h, w, t: loss(reduction="sum")(w, h, t)),
+    )  # fmt: skip
+    peer(
+        case, "cut cross-entropy", "cut_cross_entropy", "linear_cross_entropy",
+        lambda loss: candidate(lambda h, w, t: loss(h, w, t, reduction="sum")),
+    )  # fmt: skip
     return case
 
 

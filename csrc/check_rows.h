@@ -1,5 +1,6 @@
-// What every back end checks of the ops on rows, fused_linear, add_norm and unmask_sample: shapes, strides, dtypes, and
-// shared memory by the pointers alone, so it serves host and device memory. Functions have internal linkage (see common/hd.h).
+// What every back end checks of the ops on rows, fused_linear, add_norm, unmask_sample and masked_cross_entropy with its
+// gradient: shapes, strides, dtypes, and shared memory by the pointers alone, so it serves host and device memory.
+// Functions have internal linkage (see common/hd.h).
 #pragma once
 
 #include "ops.h"
@@ -106,6 +107,50 @@ static inline void check_args(const UnmaskSampleArgs& args) {
   for (const Tensor* t : integers) t->ptr<int64_t>();
   args.top_k.ptr<int32_t>();
   args.invalid.ptr<uint8_t>();
+}
+
+static inline void check_lm_head(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                                 const Tensor& targets) {
+  const Tensor* const matrices[] = {&hidden, &weight};
+  for (const Tensor* t : matrices)
+    ESOKERN_CHECK(
+        t->ndim == 2 && contiguous_rows(*t),
+        "masked_cross_entropy: hidden and weight must be matrices with a contiguous last dimension");
+  ESOKERN_CHECK(weight.dtype == hidden.dtype && weight.shape[1] == hidden.shape[1],
+                "masked_cross_entropy: weight must be [vocab, hidden_size] in the dtype of hidden");
+  ESOKERN_CHECK(!bias.given() || (bias.dtype == hidden.dtype && is_vector(bias, weight.shape[0])),
+                "masked_cross_entropy: bias must be a contiguous [vocab] in the dtype of hidden");
+  ESOKERN_CHECK(weight.shape[0] >= 1 && weight.shape[0] < INT32_MAX - 128,
+                "masked_cross_entropy: from 1 to 2^31 - 130 ids, vocab", weight.shape[0]);
+  targets.ptr<int64_t>();  // refuses a wrong dtype
+  ESOKERN_CHECK(targets.given() && is_vector(targets, hidden.shape[0]),
+                "masked_cross_entropy: targets must be a contiguous [rows]");
+}
+
+// A value per row, which a call cannot do without.
+static inline void check_row_floats(const Tensor& values, const Tensor& hidden) {
+  values.ptr<float>();
+  ESOKERN_CHECK(values.given() && is_vector(values, hidden.shape[0]),
+                "masked_cross_entropy: lse, target_logit and grad must be contiguous [rows]");
+}
+
+static inline void check_args(const MaskedCrossEntropyArgs& args) {
+  check_lm_head(args.hidden, args.weight, args.bias, args.targets);
+  check_row_floats(args.lse, args.hidden);
+  check_row_floats(args.target_logit, args.hidden);
+}
+
+static inline void check_args(const MaskedCrossEntropyBackwardArgs& args) {
+  check_lm_head(args.hidden, args.weight, args.bias, args.targets);
+  check_row_floats(args.lse, args.hidden);
+  check_row_floats(args.grad, args.hidden);
+  ESOKERN_CHECK(
+      args.dlogits.given() && is_matrix(args.dlogits, args.hidden.shape[0], args.weight.shape[0]) &&
+          contiguous_rows(args.dlogits) && args.dlogits.dtype == args.hidden.dtype,
+      "masked_cross_entropy: dlogits must be [rows, vocab] in the dtype of hidden, its last dimension "
+      "contiguous");
+  ESOKERN_CHECK(!overlap(args.dlogits, args.hidden) && !overlap(args.dlogits, args.weight),
+                "masked_cross_entropy: dlogits shares memory with hidden or weight");
 }
 
 }  // namespace esokern

@@ -25,6 +25,22 @@ struct AttentionArgs {
   float softmax_scale = 1.0f;
 };
 
+// Gradients of `attention`, from what its forward returned. With p_ij = exp(softmax_scale q_i . k_j - lse_i) and
+// delta_i = dout_i . out_i - dlse_i:
+//   dv_j = sum_i p_ij dout_i,  ds_ij = p_ij (dout_i . v_j - delta_i),
+//   dq_i = softmax_scale sum_j ds_ij k_j,  dk_j = softmax_scale sum_i ds_ij q_i      over visible(i, j)
+struct AttentionBackwardArgs {
+  Tensor dq, dk, dv;  // like q, k, v; every element is written
+  Tensor q, k, v;     // and the rest as in AttentionArgs
+  Tensor out, lse;
+  Tensor dout;  // like out
+  Tensor dlse;  // f32 like lse; optional
+  Tensor cu_seqlens_q, cu_seqlens_k;
+  Tensor k_rank, prefix_end, window_start, window_end;
+  float softmax_scale = 1.0f;
+  bool deterministic = false;  // the same bits every time, where that costs something (CUDA)
+};
+
 // How the rows of one call see each other when no explicit ranks are given. Rows are appended in denoising order.
 enum class ChunkMask : int32_t {
   causal = 0,         // row i sees every cached row and rows <= i of this call (Eso-LM sampling, AR)
@@ -121,12 +137,40 @@ struct AddNormArgs {
   float eps = 1e-5f;
 };
 
+// The log-likelihood of given tokens under an LM head: logit = softcap(hidden weight^T + bias), without the column mask_id;
+// softcap(x) = logit_softcap tanh(x / logit_softcap). Rows with a target < 0 are skipped: never read, and written as 0.
+struct MaskedCrossEntropyArgs {
+  Tensor lse;                  // f32 [rows], natural log: the bits that unmask_sample returns
+  Tensor target_logit;         // f32 [rows]; -inf for a target that is mask_id
+  Tensor hidden;               // [rows, hidden_size]; last dim contiguous
+  Tensor weight;               // [vocab, hidden_size]
+  Tensor bias;                 // [vocab]; optional
+  Tensor targets;              // i64 [rows]; an id >= vocab: ValueError, on the GPU NaN
+  int64_t mask_id = -1;        // never predicted; -1 = none
+  float logit_softcap = 0.0f;  // 0 = off
+};
+
+// dlogits[r][v] = grad[r] (exp(logit[r][v] - lse[r]) - [v is the target of r]) softcap'(..), the gradient in
+// hidden weight^T + bias of sum_r grad[r] (lse[r] - target_logit[r]). 0 in column mask_id and in rows with a target < 0.
+// weight, bias and dlogits may be a range of the vocabulary: a target >= its size is then none of the columns.
+struct MaskedCrossEntropyBackwardArgs {
+  Tensor dlogits;  // [rows, vocab], dtype of hidden; every element is written
+  Tensor hidden, weight, bias, targets;
+  Tensor lse;   // f32 [rows]
+  Tensor grad;  // f32 [rows]
+  int64_t mask_id = -1;
+  float logit_softcap = 0.0f;
+};
+
 // The one list of ops: dispatch and bindings are generated from it.
-#define ESOKERN_OPS(X)                                \
-  X(attention, AttentionArgs)                         \
-  X(attention_with_kvcache, AttentionWithKvcacheArgs) \
-  X(unmask_sample, UnmaskSampleArgs)                  \
-  X(fused_linear, FusedLinearArgs)                    \
+#define ESOKERN_OPS(X)                                             \
+  X(attention, AttentionArgs)                                      \
+  X(attention_backward, AttentionBackwardArgs)                     \
+  X(attention_with_kvcache, AttentionWithKvcacheArgs)              \
+  X(unmask_sample, UnmaskSampleArgs)                               \
+  X(masked_cross_entropy, MaskedCrossEntropyArgs)                  \
+  X(masked_cross_entropy_backward, MaskedCrossEntropyBackwardArgs) \
+  X(fused_linear, FusedLinearArgs)                                 \
   X(add_norm, AddNormArgs)
 
 namespace cpu {

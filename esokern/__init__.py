@@ -1,7 +1,7 @@
 """Compiled kernels for masked-diffusion language models.
 
 Ops: attention, attention_with_kvcache, unmask_sample, unmask_sample_from_logits, merge_vocab_shards, fused_linear,
-add_norm.
+add_norm, masked_cross_entropy.
 Around them: masks (rank-integer masks), KVCache, models (networks, checkpoints), samplers (Eso-LM, MDLM, BD3-LM, AR).
 """
 
@@ -14,6 +14,7 @@ from esokern.attention_with_kvcache import attention_with_kvcache
 from esokern.backend import built_isas, get_isa, set_isa, supported_isas
 from esokern.fused_linear import fused_linear
 from esokern.kv_cache import KVCache
+from esokern.masked_cross_entropy import masked_cross_entropy
 from esokern.masks import RankMask
 from esokern.unmask_sample import UnmaskSample, merge_vocab_shards, unmask_sample, unmask_sample_from_logits
 
@@ -29,6 +30,7 @@ __all__ = [
     "built_isas",
     "fused_linear",
     "get_isa",
+    "masked_cross_entropy",
     "masks",
     "merge_vocab_shards",
     "set_isa",

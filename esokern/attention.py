@@ -4,14 +4,24 @@
     lse[i] = log sum_j exp(softmax_scale * q[i].k[j]),   j over the keys that query i sees
 
 A query that sees no key gives 0 and an lse of -inf. Query head h reads key head h // (heads / kv_heads).
+
+Differentiable in q, k and v through both results, dout and dlse being the gradients that arrive in them:
+
+    delta[i] = dout[i].out[i] - dlse[i],   ds_ij = p_ij (dout[i].v[j] - delta[i])
+    dq[i] = softmax_scale sum_j ds_ij k[j],   dk[j] = softmax_scale sum_i ds_ij q[i],   dv[j] = sum_i p_ij dout[i]
+
+over the pairs that see each other; what sees nothing, or is seen by nobody, has a gradient of 0 (Dao, arXiv 2307.08691,
+section 3.1.2; dlse adds to it because the derivative of lse[i] in a score is p_ij).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from esokern import backend as backends
 from esokern.arrays import accept_arrays
@@ -37,9 +47,10 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q over k and v, masked by the ranks of `mask`; see the formula at the top of this file.
+    """Attention of q over k and v, masked by the ranks of `mask`; see the formulas at the top of this file.
 
     Args:
         q: [batch, seqlen_q, heads, head_dim], or packed [total_q, heads, head_dim] with both cu_seqlens. Any
@@ -53,8 +64,14 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], where each sequence begins in a packed layout: 0, ...,
             total.
         return_lse: also return the log-sum-exp.
-        out: tensor of q's shape, dtype and device to write into; it must not overlap the inputs.
-        backend: None (compiled, chosen by device), "cpu", "cuda" or "reference" (plain torch, differentiable).
+        out: tensor of q's shape, dtype and device to write into; it must not overlap the inputs. Not for a compiled
+            call that needs gradients.
+        deterministic: the same bits every time in the backward too, where that costs something (CUDA);
+            torch.use_deterministic_algorithms(True) turns it on as well. The forward always gives the same bits.
+        backend: None (compiled, chosen by device), "cpu", "cuda" or "reference" (plain torch).
+
+    Gradients in q, k and v, also through lse and under torch.compile: every back end; second derivatives: the reference
+    alone. The log-sum-exp is computed where it is returned or a gradient is needed.
 
     NumPy and CuPy arrays are taken for tensors and given back; a mask's own tensors stay torch's.
 
@@ -64,6 +81,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is supported.
+        RuntimeError: from a second derivative through a compiled back end.
 
     >>> q = k = v = torch.randn(1, 4, 2, 8)
     >>> attention(q, k, v, mask=masks.any_order(torch.tensor([[2, 0, 3, 1]]))).shape
@@ -98,31 +116,93 @@ def attention(
     scale = check_scale("attention", softmax_scale, q_shape[-1])
     if out is not None:
         check_out("attention", out, q)
-    chosen = backends.select(backend, "attention", q, k, v, out, cu_seqlens_q, cu_seqlens_k, *bounds)
+    chosen = backends.select(
+        backend, "attention", q, k, v, out, cu_seqlens_q, cu_seqlens_k, *bounds, differentiable=True
+    )
     if chosen == "reference":
         return _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, bounds, scale, return_lse, out)
 
     check_compiled("attention", q.dtype, q_shape[-1])
+    settings = _Settings(cu_seqlens_q, cu_seqlens_k, bounds, scale, deterministic, chosen)
+    if backends.needs_grad(q, k, v, out):
+        if out is not None:
+            raise ValueError(
+                "attention: out: must be None where an input or out requires grad, since what is written in place has "
+                "no gradient; call it under torch.no_grad() or leave out away"
+            )
+        out, lse = _Attention.apply(q, k, v, settings)
+        return (out, lse) if return_lse else out
     if out is None:
         out = torch.empty_like(q)
-    lse = None
-    if return_lse:
-        shape = (q_shape[1], q_shape[0]) if packed else (q_shape[0], q_shape[2], q_shape[1])
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    lse = _empty_lse(q) if return_lse else None
+    _forward(out, lse, q, k, v, settings)
+    return out if lse is None else (out, lse)
+
+
+# --- compiled
+
+
+class _Settings(NamedTuple):
+    """What both directions of a compiled call take beside floats."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    bounds: tuple[torch.Tensor | None, ...]
+    softmax_scale: float
+    deterministic: bool
+    backend: str
+
+
+def _empty_lse(q: torch.Tensor) -> torch.Tensor:
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _forward(
+    out: torch.Tensor, lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: _Settings
+) -> None:
+    cu_seqlens_q, cu_seqlens_k, bounds, scale, _, backend = settings
     arguments = (out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *bounds, scale)
     if torch.compiler.is_compiling():
-        backends.run(chosen, "attention", *arguments)
-    else:
-        try:
-            backends.run(chosen, "attention", *arguments)
-        except (ValueError, RuntimeError):
-            # The kernel only says that it refuses; these name the argument and its value.
-            check_contiguous("attention", q=q, k=k, v=v, out=out)
-            if packed:
-                read_cu_seqlens("attention", "cu_seqlens_q", cu_seqlens_q, q_shape[0])
-                read_cu_seqlens("attention", "cu_seqlens_k", cu_seqlens_k, k_shape[0])
-            raise
-    return out if lse is None else (out, lse)
+        backends.run(backend, "attention", *arguments)
+        return
+    try:
+        backends.run(backend, "attention", *arguments)
+    except (ValueError, RuntimeError):
+        # The kernel only says that it refuses; these name the argument and its value.
+        check_contiguous("attention", q=q, k=k, v=v, out=out)
+        if cu_seqlens_q is not None:
+            read_cu_seqlens("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+            read_cu_seqlens("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        raise
+
+
+class _Attention(torch.autograd.Function):
+    """A compiled call that needs gradients: keeps q, k, v, out and lse, and no weights."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: _Settings):
+        out, lse = torch.empty_like(q), _empty_lse(q)
+        _forward(out, lse, q, k, v, settings)
+        cu_seqlens_q, cu_seqlens_k, bounds, *ctx.settings = settings
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *bounds)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None):
+        q, k, v, out, lse, *integers = ctx.saved_tensors
+        scale, deterministic, backend = ctx.settings
+        if dout is None:
+            dout = torch.zeros_like(out)
+        elif dout.stride(-1) != 1:  # of out.sum(), for example: one number, expanded
+            dout = dout.clone(memory_format=torch.contiguous_format)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        arguments = (dq, dk, dv, q, k, v, out, lse, dout, dlse, *integers, scale, deterministic)
+        backends.run(backend, "attention_backward", *arguments)
+        return dq, dk, dv, None
 
 
 # --- checks, shared with attention_with_kvcache
@@ -194,18 +274,24 @@ def check_out(op: str, out: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"{op}: out: must have q's shape {list(q.shape)}, got {list(out.shape)}")
 
 
+def serves(dtype: torch.dtype, head_dim: int) -> bool:
+    """Do the compiled back ends take this?"""
+    return dtype in FLOAT_DTYPES and head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM
+
+
 def check_compiled(op: str, dtype: torch.dtype, head_dim: int) -> None:
     """What every compiled back end serves."""
+    if serves(dtype, head_dim):
+        return
     if dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{op}: q: the compiled back ends take float32, bfloat16 and float16, got {dtype}; "
             'backend="reference" takes it'
         )
-    if head_dim % 8 != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: q: the compiled back ends take a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, "
-            f'got {head_dim}; backend="reference" takes any'
-        )
+    raise ValueError(
+        f"{op}: q: the compiled back ends take a head_dim that is a multiple of 8 up to {MAX_HEAD_DIM}, "
+        f'got {head_dim}; backend="reference" takes any'
+    )
 
 
 def check_contiguous(op: str, **tensors: torch.Tensor | None) -> None:

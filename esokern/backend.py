@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -31,6 +32,11 @@ _SCHEMAS = {
         "(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
         "Tensor? k_rank, Tensor? prefix_end, Tensor? window_start, Tensor? window_end, float softmax_scale) -> ()"
     ),
+    "attention_backward": (
+        "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor dout, Tensor? dlse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? k_rank, Tensor? prefix_end, "
+        "Tensor? window_start, Tensor? window_end, float softmax_scale, bool deterministic) -> ()"
+    ),
     "attention_with_kvcache": (
         "(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor? k, Tensor? v, "
         "Tensor(e!) cache_seqlens, Tensor? positions, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? num_clean, "
@@ -44,6 +50,14 @@ _SCHEMAS = {
         "Tensor? logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor seed, "
         "Tensor positions, Tensor step, int mask_id, int vocab_start, float logit_softcap, int filter_order, "
         "int statistics) -> ()"
+    ),
+    "masked_cross_entropy": (
+        "(Tensor(a!) lse, Tensor(b!) target_logit, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+        "int mask_id, float logit_softcap) -> ()"
+    ),
+    "masked_cross_entropy_backward": (
+        "(Tensor(a!) dlogits, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, Tensor grad, "
+        "int mask_id, float logit_softcap) -> ()"
     ),
     "fused_linear": (
         "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float normalize_eps, "
@@ -83,6 +97,19 @@ def _run_on_cuda(op: str, *args: object) -> None:
 
 
 _library = torch.library.Library("esokern", "DEF")
+
+
+def define(name: str, schema: str, function: Callable[..., None]) -> None:
+    """The torch operator `torch.ops.esokern.<name>`, a Python function that writes into the tensors `schema` marks.
+
+    torch.compile calls it and does not look inside, so what it does may depend on values.
+    """
+    _library.define(name + schema)
+    _library.impl(name, function, "CPU")
+    _library.impl(name, function, "CUDA")
+    torch.library.register_fake(f"esokern::{name}", lambda *args: None, lib=_library)
+
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(_cpu, _name), "CPU")
@@ -90,11 +117,16 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"esokern::{_name}", lambda *args: None, lib=_library)
 
 
-def select(backend: str | None, op: str, *tensors: torch.Tensor | None) -> str:
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Will a gradient be asked for, in one of these tensors?"""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def select(backend: str | None, op: str, *tensors: torch.Tensor | None, differentiable: bool = False) -> str:
     """The back end that serves this call: `backend`, or the compiled one of the tensors' device.
 
-    Raises ValueError for an unknown back end, for a device no compiled back end serves, and for inputs that require a
-    gradient where the compiled back end has none (the reference is differentiable).
+    Raises ValueError for an unknown back end, for a device no compiled back end serves, and, unless the compiled op is
+    `differentiable`, for inputs that require a gradient (the reference always is).
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{op}: backend: got {backend!r}, supported are {', '.join(BACKENDS)} or None")
@@ -115,7 +147,7 @@ def select(backend: str | None, op: str, *tensors: torch.Tensor | None) -> str:
         )
     if chosen == "cuda":
         _load_cuda()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if not differentiable and needs_grad(*given):
         raise ValueError(
             f"{op}: an input requires grad, and the compiled kernel has no gradient. Call it under torch.no_grad() or "
             'torch.inference_mode(), or pass backend="reference", which is differentiable.'

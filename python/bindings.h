@@ -32,6 +32,34 @@ void attention(py::handle out, py::handle lse, py::handle q, py::handle k, py::h
 }
 
 template <class Backend>
+void attention_backward(py::handle dq, py::handle dk, py::handle dv, py::handle q, py::handle k, py::handle v,
+                        py::handle out, py::handle lse, py::handle dout, py::handle dlse,
+                        py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle k_rank,
+                        py::handle prefix_end, py::handle window_start, py::handle window_end,
+                        float softmax_scale, bool deterministic) {
+  Tensors tensor(Backend::kDeviceType);
+  const AttentionBackwardArgs args{.dq = tensor(dq),
+                                   .dk = tensor(dk),
+                                   .dv = tensor(dv),
+                                   .q = tensor(q),
+                                   .k = tensor(k),
+                                   .v = tensor(v),
+                                   .out = tensor(out),
+                                   .lse = tensor(lse),
+                                   .dout = tensor(dout),
+                                   .dlse = tensor(dlse),
+                                   .cu_seqlens_q = tensor(cu_seqlens_q),
+                                   .cu_seqlens_k = tensor(cu_seqlens_k),
+                                   .k_rank = tensor(k_rank),
+                                   .prefix_end = tensor(prefix_end),
+                                   .window_start = tensor(window_start),
+                                   .window_end = tensor(window_end),
+                                   .softmax_scale = softmax_scale,
+                                   .deterministic = deterministic};
+  Backend::attention_backward(tensor, args);
+}
+
+template <class Backend>
 void attention_with_kvcache(py::handle out, py::handle lse, py::handle q, py::handle k_cache,
                             py::handle v_cache, py::handle k, py::handle v, py::handle cache_seqlens,
                             py::handle positions, py::handle rotary_cos, py::handle rotary_sin,
@@ -102,6 +130,38 @@ void unmask_sample(py::handle tokens, py::handle logprob, py::handle prob, py::h
                               .filter_order = filter_order,
                               .statistics = statistics};
   Backend::unmask_sample(tensor, args);
+}
+
+template <class Backend>
+void masked_cross_entropy(py::handle lse, py::handle target_logit, py::handle hidden, py::handle weight,
+                          py::handle bias, py::handle targets, int64_t mask_id, float logit_softcap) {
+  Tensors tensor(Backend::kDeviceType);
+  const MaskedCrossEntropyArgs args{.lse = tensor(lse),
+                                    .target_logit = tensor(target_logit),
+                                    .hidden = tensor(hidden),
+                                    .weight = tensor(weight),
+                                    .bias = tensor(bias),
+                                    .targets = tensor(targets),
+                                    .mask_id = mask_id,
+                                    .logit_softcap = logit_softcap};
+  Backend::masked_cross_entropy(tensor, args);
+}
+
+template <class Backend>
+void masked_cross_entropy_backward(py::handle dlogits, py::handle hidden, py::handle weight, py::handle bias,
+                                   py::handle targets, py::handle lse, py::handle grad, int64_t mask_id,
+                                   float logit_softcap) {
+  Tensors tensor(Backend::kDeviceType);
+  const MaskedCrossEntropyBackwardArgs args{.dlogits = tensor(dlogits),
+                                            .hidden = tensor(hidden),
+                                            .weight = tensor(weight),
+                                            .bias = tensor(bias),
+                                            .targets = tensor(targets),
+                                            .lse = tensor(lse),
+                                            .grad = tensor(grad),
+                                            .mask_id = mask_id,
+                                            .logit_softcap = logit_softcap};
+  Backend::masked_cross_entropy_backward(tensor, args);
 }
 
 template <class Backend>

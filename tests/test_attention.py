@@ -64,6 +64,7 @@ MASKS = {
         (2, 17, 65, 6, 2, 40),
         (1, 32, 17, 2, 1, 56),
         (1, 65, 127, 2, 2, 128),
+        (2, 150, 140, 2, 1, 8),
         (1, 3, 259, 4, 2, 256),
     ],
 )
@@ -299,17 +300,6 @@ def test_reference_is_differentiable():
         return out, lse[..., [0, 2, 3]]  # the second query sees nothing: lse is minus infinity there
 
     assert torch.autograd.gradcheck(both, (q, k, v))
-
-
-def test_gradients_are_refused_where_there_are_none():
-    q, k, v = tensors(1, 2, 3)
-    v.requires_grad_()
-    with pytest.raises(ValueError, match=r'attention: an input requires grad.*backend="reference"'):
-        attention(q, k, v)
-    with torch.no_grad():
-        attention(q, k, v)
-    with torch.inference_mode():
-        attention(q, k, v)
 
 
 # --- torch operators

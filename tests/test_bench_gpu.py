@@ -33,7 +33,7 @@ def session(tmp_path, **changes):
 def test_cases_run_and_are_recorded(op, tmp_path, capsys):
     run = session(tmp_path)
     bench = gpu_bench.Bench(Setting("cpu", small=True), run.rows_file, time.monotonic() + 60)
-    with torch.inference_mode():
+    with torch.no_grad():
         if op == "generate":
             gpu_bench.generation(bench)
         else:
@@ -52,6 +52,9 @@ def test_cases_run_and_are_recorded(op, tmp_path, capsys):
     if "attention" in op:
         absent = {row["candidate"] for row in rows if "left_out" in row}
         assert {"flex", "fa3", "flash-attn"} <= absent | {row["candidate"] for row in measured}
+    if op == "masked_cross_entropy":
+        assert {"linear + cross_entropy", "torch chunked"} <= {row["candidate"] for row in measured}
+        assert {"compiled", "liger", "cut cross-entropy"} <= {row["candidate"] for row in rows}
     text = gpu.summary(run)
     assert all(row["case"] in text for row in measured)
     assert text.endswith("failed: nothing")

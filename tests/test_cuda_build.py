@@ -25,7 +25,12 @@ ARCHITECTURES = ["80", "90", "100", "120"]
 GEMM = {"HMMA", "LDSM", "LDGSTS.E.BYPASS"}
 CLAIMS = {
     r"\dattention_kernelI": GEMM | {"MUFU.EX2"},
+    r"\dkeys_kernelI": GEMM | {"MUFU.EX2"},
+    r"\dqueries_kernelI": GEMM | {"MUFU.EX2"},
+    r"\dlanes_kernelI": {"LDG.E.128"},
     r"\dsample_headI": GEMM,
+    r"\dlog_sum_headI": GEMM | {"MUFU.EX2"},
+    r"\dgradient_headI": GEMM | {"MUFU.EX2", "STG.E.64"},
     r"\dfused_linear_kernelI": GEMM,
     r"\dsample_logitsI": {"LDG.E.128"},
     r"\dnormalize_rows_kernelI\S+Lb1E": {"LDG.E.128", "STG.E.128"},  # of aligned rows

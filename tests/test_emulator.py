@@ -36,11 +36,19 @@ def test_fragments_are_those_of_cutlass():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-OPS = ("attention", "attention_with_kvcache", "unmask_sample", "fused_linear", "add_norm")
+OPS = (
+    "attention",
+    "attention_backward",
+    "attention_with_kvcache",
+    "unmask_sample",
+    "masked_cross_entropy",
+    "fused_linear",
+    "add_norm",
+)
 # Some cases of every kernel: AddressSanitizer makes them five times slower, and a finding ends the process.
 ASAN_CASES = (
     "cuda-asan and (test_against_reference or test_every_mask or test_ragged or test_paged or test_value_errors or "
-    "test_shapes or test_options or test_allowed_set or test_strided or test_carry_over)"
+    "test_shapes or test_options or test_allowed_set or test_strided or test_carry_over or test_what_sees)"
 )
 
 
@@ -60,8 +68,10 @@ def test_no_bank_conflicts(emulator):
     emulator.reset_bank_conflicts()
     for head_dim in (64, 96, 128, 256):
         for rows in (4, 80):
-            q, k, v = (torch.randn(1, n, 2, head_dim, dtype=torch.bfloat16) for n in (rows, 130, 130))
-            esokern.attention(q, k, v, backend="cuda")
+            q, k, v = (
+                torch.randn(1, n, 2, head_dim, dtype=torch.bfloat16, requires_grad=True) for n in (rows, 130, 130)
+            )
+            esokern.attention(q, k, v, backend="cuda").sum().backward()
     x, weight = torch.randn(20, 192, dtype=torch.bfloat16), torch.randn(300, 192, dtype=torch.bfloat16)
     esokern.fused_linear(x, weight, backend="cuda")
     esokern.unmask_sample(x, weight, positions=torch.arange(20), backend="cuda")

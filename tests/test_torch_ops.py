@@ -1,4 +1,4 @@
-"""The torch operators of the sampling and linear ops: schema, fakes, torch.compile without graph breaks."""
+"""The torch operators of the sampling, loss and linear ops: schema, fakes, torch.compile without graph breaks."""
 
 import pytest
 import torch
@@ -32,6 +32,20 @@ def test_opcheck_unmask_sample(from_logits):
     invalid = torch.empty(rows, dtype=torch.bool)
     arguments = (tokens, *statistics, invalid, *inputs, temperature, *filters, *counters, 39, 0, 0.0, 0, 0)
     torch.library.opcheck(torch.ops.esokern.unmask_sample.default, arguments)
+
+
+def test_opcheck_masked_cross_entropy():
+    rows, vocab = 5, 40
+    head = (torch.randn(rows, 16), torch.randn(vocab, 16), torch.randn(vocab))
+    targets, lse, grad = torch.tensor([3, -1, 0, 38, -1]), torch.full((rows,), 20.0), torch.ones(rows)
+    operators = torch.ops.esokern
+    row_values = (torch.empty(rows), torch.empty(rows))
+    torch.library.opcheck(operators.masked_cross_entropy.default, (*row_values, *head, targets, 39, 0.0))
+    dlogits = torch.empty(rows, vocab)
+    arguments = (*head, targets, lse, grad, 39, 2.0)
+    torch.library.opcheck(operators.masked_cross_entropy_backward.default, (dlogits, *arguments))
+    for gradients in ([torch.empty_like(tensor) for tensor in head], [None, torch.empty_like(head[1]), None]):
+        torch.library.opcheck(operators.masked_cross_entropy_gradients.default, (*gradients, *arguments, "cpu"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -21,6 +21,8 @@ constexpr int kLanes = 16;              // query rows in one group of vector lan
 constexpr int kVecs = kLanes / kWidth;  // native vectors per group
 constexpr int kGroups = 4;              // groups per block: staged keys are used this often
 constexpr int kBlockLanes = kGroups * kLanes;
+constexpr int kShortSum =
+    32;  // products along head_dim that are added up before they join the rest: less rounding
 constexpr float kNegInf = -__builtin_inff();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -30,7 +32,7 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16> = true;
 
-// Keys and values of one (sequence, kv head): rows [0, count), contiguous or by page.
+// Keys and values of one (sequence, kv head): rows [0, count), contiguous, in some order, or by page.
 template <class T>
 struct Keys {
   const T* k;
@@ -40,18 +42,20 @@ struct Keys {
   int64_t page_size, k_page_stride, v_page_stride;
   const int32_t* rank;  // nullptr = the row number is the rank
   int64_t rank_stride;
+  const int32_t* order;  // which row comes j-th; nullptr = row j
   int32_t count;
 
+  int64_t row(int64_t j) const { return order == nullptr ? j : order[j]; }
   const T* k_row(int64_t j) const {
-    return pages == nullptr ? k + j * k_row_stride
+    return pages == nullptr ? k + row(j) * k_row_stride
                             : k + pages[j / page_size] * k_page_stride + j % page_size * k_row_stride;
   }
   const T* v_row(int64_t j) const {
-    return pages == nullptr ? v + j * v_row_stride
+    return pages == nullptr ? v + row(j) * v_row_stride
                             : v + pages[j / page_size] * v_page_stride + j % page_size * v_row_stride;
   }
   int32_t rank_of(int64_t j) const {
-    return rank == nullptr ? static_cast<int32_t>(j) : rank[j * rank_stride];
+    return rank == nullptr ? static_cast<int32_t>(j) : rank[row(j) * rank_stride];
   }
 };
 

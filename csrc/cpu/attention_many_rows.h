@@ -124,27 +124,33 @@ struct alignas(64) Tile {
 template <int kKeys>
 ESOKERN_INLINE void score_keys(const float (*q)[kLanes], const float (*k)[kStageStride], int head_dim,
                                float (*scores)[kLanes], const char* const* next, int next_lines) {
-  Vec acc[kKeys][kVecs];
+  for (int begin = 0; begin < head_dim; begin += kShortSum) {
+    const int end = begin + kShortSum < head_dim ? begin + kShortSum : head_dim;
+    Vec acc[kKeys][kVecs];
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j)
+    for (int j = 0; j < kKeys; ++j)
 #pragma GCC unroll 4
-    for (int n = 0; n < kVecs; ++n) acc[j][n] = Vec{};
-  for (int d = 0; d < head_dim; ++d) {
-    Vec query[kVecs];
+      for (int n = 0; n < kVecs; ++n) acc[j][n] = Vec{};
+    for (int d = begin; d < end; ++d) {
+      Vec query[kVecs];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVecs; ++n) query[n] = load(&q[d][n * kWidth]);
-    if (d < kTileKeys * next_lines) __builtin_prefetch(next[d % kTileKeys] + d / kTileKeys * 64, 0, 2);
+      for (int n = 0; n < kVecs; ++n) query[n] = load(&q[d][n * kWidth]);
+      if (d < kTileKeys * next_lines) __builtin_prefetch(next[d % kTileKeys] + d / kTileKeys * 64, 0, 2);
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) {
-      const Vec key = splat(k[j][d]);
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec key = splat(k[j][d]);
 #pragma GCC unroll 4
-      for (int n = 0; n < kVecs; ++n) acc[j][n] = fma(query[n], key, acc[j][n]);
+        for (int n = 0; n < kVecs; ++n) acc[j][n] = fma(query[n], key, acc[j][n]);
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j)
+    for (int j = 0; j < kKeys; ++j)
 #pragma GCC unroll 4
-    for (int n = 0; n < kVecs; ++n) store(&scores[j][n * kWidth], acc[j][n]);
+      for (int n = 0; n < kVecs; ++n) {
+        float* to = &scores[j][n * kWidth];
+        store(to, begin > 0 ? load(to) + acc[j][n] : acc[j][n]);
+      }
+  }
 }
 
 // out[d][lane] = out[d][lane] * keep[lane] + sum_j p[j][lane] v_j[d]

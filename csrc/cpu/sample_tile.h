@@ -13,6 +13,7 @@ namespace esokern::cpu::ESOKERN_ISA {
 namespace {
 
 constexpr int kTile = 128;
+constexpr int64_t kChunk = 4 * kTile;  // what a State covers before it merges: 99 for GPT-2's vocabulary
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 3.4028234663852886e38f;
 
@@ -211,24 +212,41 @@ inline void raise_floor(float* floor, float score) {
   if (score > read_floor(floor)) __atomic_store(floor, &score, __ATOMIC_RELAXED);
 }
 
-// One row, kTile columns from `column`; x is -inf where there is no id to draw.
-inline void sample_tile(const Row& row, const float* x, int64_t column, uint32_t first_block,
-                        const Wanted& wanted, float* floor, State* state) {
-  Vec top = splat(-kInfinity);
+// The largest of kTile logits; false if one is NaN or +inf.
+inline bool find_top(const float* x, float* top) {
+  Vec best = splat(-kInfinity);
   VecI good = splat(-1);
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; i += kWidth) {
     const Vec v = load(x + i);
-    top = max(top, v);
+    best = max(best, v);
     good &= v <= splat(kLargest);
   }
+  *top = fast_reduce_max(best);
+  return !any(~good);
+}
+
+// What sample_tile does to top and sum at scale 1 without filters, and no draw.
+inline void lse_tile(const float* x, State* state) {
   State tile;
-  tile.bad = any(~good);
-  if (tile.bad || state->bad) {
+  if (!find_top(x, &tile.top) || state->bad) {
     state->bad = true;
     return;
   }
-  tile.top = fast_reduce_max(top);
+  if (tile.top > -kInfinity)
+    add_statistics(x, 1.0f, {.lse = true, .entropy = false, .second = false, .filtered_statistics = false},
+                   &tile);
+  merge(state, tile, 1.0f);
+}
+
+// One row, kTile columns from `column`; x is -inf where there is no id to draw.
+inline void sample_tile(const Row& row, const float* x, int64_t column, uint32_t first_block,
+                        const Wanted& wanted, float* floor, State* state) {
+  State tile;
+  if (!find_top(x, &tile.top) || state->bad) {
+    state->bad = true;
+    return;
+  }
   float kept[kTile];
   const float* drawable = x;
   if (row.filtered) {

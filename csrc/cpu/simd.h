@@ -253,6 +253,11 @@ ESOKERN_INLINE VecU round_to_bf16(Vec x) {
 ESOKERN_INLINE VecU load_bits(const bf16* p) {
   return bitcast_uint(load(p)) >> 16;
 }
+ESOKERN_INLINE void store_bits(bf16* p, VecU v) {
+  typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
+  const Half half = __builtin_convertvector(v, Half);
+  std::memcpy(p, &half, sizeof half);
+}
 
 // ---- exp --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@
 //   FlashSampling.
 #include "check_rows.h"
 #include "cpu/dispatch_dtype.h"
+#include "cpu/head_tile.h"
 #include "cpu/keep_prefix.h"
 #include "cpu/parallel.h"
 #include "cpu/rows_gemm.h"
@@ -23,24 +24,7 @@
 namespace esokern::cpu::ESOKERN_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4 * kTile;            // 99 tasks for GPT-2's vocabulary
 constexpr int kTileStride = kTile + kGemmStrip;  // rows_gemm rounds up to whole strips
-
-// tanh(x), relative error about 1e-7; NaN stays NaN.
-ESOKERN_INLINE Vec tanh(Vec x) {
-  const Vec z = x * x;
-  Vec p = splat(-6.210893858e-3f);
-  p = fma(p, z, splat(2.111650631e-2f));
-  p = fma(p, z, splat(-5.389108136e-2f));
-  p = fma(p, z, splat(1.333321184e-1f));
-  p = fma(p, z, splat(-3.333333433e-1f));
-  const Vec small = fma(x * z, p, x);
-  const Vec magnitude = max(x, -x);
-  const Vec large =
-      splat(1.0f) - splat(2.0f) / (splat(1.0f) + exp(min(magnitude, splat(20.0f)) * splat(2.0f)));
-  const Vec result = select(magnitude < splat(0.625f), small, select(x < splat(0.0f), -large, large));
-  return select(x != x, x, result);
-}
 
 // The call as the tasks see it.
 template <class T>
@@ -67,16 +51,12 @@ struct Call {
                 depth, out + offset, kTileStride);
     }
     const T* bias = args.bias.given() ? static_cast<const T*>(args.bias.data) + begin : nullptr;
-    const float cap = args.logit_softcap;
     for (int r = 0; r < count; ++r) {
       float* row = out + r * kTileStride;
       if (!has_hidden)
         copy(static_cast<const T*>(args.logits.data) + rows[r].index * args.logits.stride[0] + begin, width,
              row + offset);
-      if (bias != nullptr) add(bias, width, row + offset);
-      if (cap > 0.0f)
-        for (int64_t i = 0; i < width; i += kWidth)
-          store(row + offset + i, splat(cap) * tanh(load(row + offset + i) / splat(cap)));
+      finish_logits(row + offset, width, bias, args.logit_softcap);
       for (int64_t i = 0; i < offset; ++i) row[i] = -kInfinity;
       for (int64_t i = offset + width; i < kTile; ++i) row[i] = -kInfinity;
       if (mask_column >= column && mask_column < column + kTile) row[mask_column - column] = -kInfinity;
@@ -87,11 +67,6 @@ struct Call {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
     if (i < count) store(to + i, load_partial(from + i, static_cast<int>(count - i)));
-  }
-  static void add(const T* bias, int64_t count, float* to) {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(to + i, load(to + i) + load(bias + i));
-    for (; i < count; ++i) to[i] += to_float(bias[i]);
   }
 };
 

@@ -14,15 +14,27 @@ constexpr float kLn2 = 0.6931471805599453f;
 template <class T>
 constexpr bool kIsFloat = sizeof(T) == 4;
 
+// Columns d and d + 1 of a row, d even.
+template <class T>
+__device__ __forceinline__ void store_pair(T* row, int d, float x, float y, bool aligned) {
+  if constexpr (!kIsFloat<T>) {
+    if (aligned) {
+      *reinterpret_cast<uint32_t*>(row + d) = pack<T>(x, y);
+      return;
+    }
+  }
+  row[d] = from_float<T>(x);
+  row[d + 1] = from_float<T>(y);
+}
+
 // Which lanes of which sequence a block has.
 struct Place {
   int32_t b, all_lanes, first_lane;  // of the sequence and kv head
   int lanes;                         // 0: nothing to do
   Sequence seq;
 };
-template <class T, bool kFew>
+template <int kLanes>
 __device__ __forceinline__ Place find_place(const AttentionProblem& p) {
-  constexpr int kLanes = kFew ? kFewLanes : kManyLanes;
   Place place;
   int64_t block;
   if (p.packed) {
@@ -39,8 +51,7 @@ __device__ __forceinline__ Place find_place(const AttentionProblem& p) {
   place.all_lanes = static_cast<int32_t>(place.seq.rows * p.group);
   place.first_lane = static_cast<int32_t>(block * kLanes);
   const int left = place.all_lanes - place.first_lane;
-  const bool mine = kIsFloat<T> || (place.all_lanes <= kFewLanes) == kFew;
-  place.lanes = !mine || left <= 0 ? 0 : left < kLanes ? left : kLanes;
+  place.lanes = left <= 0 ? 0 : left < kLanes ? left : kLanes;
   return place;
 }
 
@@ -49,7 +60,9 @@ struct Hull {
   QueryRange any, all;
 };
 
-__device__ __forceinline__ Hull hull_of(int lanes, const QueryRange* ranges) {
+// range(r) of every lane r < lanes, by a converged warp.
+template <class Range>
+__device__ __forceinline__ Hull hull_of(int lanes, const Range& range_of) {
   Hull h = {{INT32_MIN, INT32_MAX, INT32_MIN}, {INT32_MAX, INT32_MIN, INT32_MAX}};
   const auto join = [&](const Hull& o) {
     const auto low = [](int32_t a, int32_t b) { return a < b ? a : b; };
@@ -60,7 +73,7 @@ __device__ __forceinline__ Hull hull_of(int lanes, const QueryRange* ranges) {
              low(h.all.window_end, o.all.window_end)};
   };
   for (int r = threadIdx.x % kWarpSize; r < lanes; r += kWarpSize) {
-    const QueryRange range = ranges[r];
+    const QueryRange range = range_of(r);
     // An empty window leaves the hull of windows as it is.
     const bool window = range.window_start <= range.window_end;
     join({{range.prefix_end, window ? range.window_start : INT32_MAX, window ? range.window_end : INT32_MIN},
@@ -72,6 +85,41 @@ __device__ __forceinline__ Hull hull_of(int lanes, const QueryRange* ranges) {
           {shfl_xor(h.all.prefix_end, lane_mask), shfl_xor(h.all.window_start, lane_mask),
            shfl_xor(h.all.window_end, lane_mask)}});
   return h;
+}
+
+// The ranks of some keys: the least and the greatest.
+struct RankRange {
+  int32_t low, high;
+};
+// Of the keys first <= j <= last of a sequence, or of whole rank tiles around them.
+__device__ __forceinline__ RankRange rank_range_of(const int32_t* rank_ranges, int32_t first, int32_t last) {
+  if (rank_ranges == nullptr) return {first, last};
+  RankRange range = {INT32_MAX, INT32_MIN};
+#pragma unroll 1
+  for (int32_t i = first / kRankTile; i <= last / kRankTile; ++i) {
+    const int32_t low = rank_ranges[2 * i], high = rank_ranges[2 * i + 1];
+    range = {low < range.low ? low : range.low, high > range.high ? high : range.high};
+  }
+  return range;
+}
+
+// What queries see of keys: something perhaps, everything for sure.
+struct Sight {
+  bool some, whole;
+};
+__device__ __forceinline__ Sight sight_of(const Hull& hull, const RankRange& ranks) {
+  return {tile_maybe_visible(hull.any, ranks.low, ranks.high),
+          tile_fully_visible(hull.all, ranks.low, ranks.high)};
+}
+
+// The same of keys: tile `tile` of kKeys keys, of `keys` in all.
+template <int kKeys>
+__device__ __forceinline__ Sight sight_of_keys(const Hull& hull, const int32_t* rank_ranges, int64_t tile,
+                                               int32_t keys) {
+  if (tile * kKeys >= keys) return {};
+  const int32_t first = static_cast<int32_t>(tile * kKeys);
+  const int32_t last = keys - first > kKeys ? first + kKeys - 1 : keys - 1;
+  return sight_of(hull, rank_range_of(rank_ranges, first, last));
 }
 
 // Where the rows of k or v of one (sequence, kv head) lie.
@@ -95,14 +143,30 @@ struct Block {
   Splits splits;
   Hull hull;
   KeyRows<T> keys, values;
-  const int32_t* rank_ranges;  // of this sequence; nullptr: the row number is the rank
+  const int32_t* rank_ranges;
+
+  // Of `split`, which ends where the next begins.
+  __device__ __forceinline__ int32_t begin_key(int split) const { return split * splits.keys; }
+  __device__ __forceinline__ int32_t end_key(int split) const {
+    return split + 1 == splits.count ? place.seq.keys : (split + 1) * splits.keys;
+  }
+  template <int kKeys>
+  __device__ __forceinline__ Sight sight(int64_t tile) const {
+    return sight_of_keys<kKeys>(hull, rank_ranges, tile, place.seq.keys);
+  }
 };
 template <class T>
-__device__ __forceinline__ KeyRows<T> key_rows(const AttentionProblem& p, const RowsView& t,
-                                               const Place& place, int64_t kv_head) {
+__device__ __forceinline__ KeyRows<T> key_rows(const AttentionProblem& p, const RowsView& t, int64_t b,
+                                               const Sequence& seq, int64_t kv_head) {
   const bool paged = p.pages != nullptr;
-  return {row_of<T>(t, paged ? 0 : place.seq.cache_row, place.seq.first_key, kv_head), t.row, t.batch,
-          paged ? p.pages + place.b * p.pages_batch : nullptr, p.page_size};
+  return {row_of<T>(t, paged ? 0 : seq.cache_row, seq.first_key, kv_head), t.row, t.batch,
+          paged ? p.pages + b * p.pages_batch : nullptr, p.page_size};
+}
+// (min, max) of every kRankTile keys of a sequence; nullptr: the row number is the rank.
+__device__ __forceinline__ const int32_t* rank_ranges_of(const AttentionProblem& p, int64_t b,
+                                                         const Sequence& seq) {
+  if (p.k_rank.data == nullptr) return nullptr;
+  return p.rank_ranges + 2 * (b * p.rank_tiles + seq.first_key / kRankTile);
 }
 template <class T>
 __device__ __forceinline__ Block<T> make_block(const AttentionProblem& p, const Place& place,
@@ -110,29 +174,27 @@ __device__ __forceinline__ Block<T> make_block(const AttentionProblem& p, const 
   return {place,
           splits,
           hull,
-          key_rows<T>(p, p.k, place, kv_head),
-          key_rows<T>(p, p.v, place, kv_head),
-          p.k_rank.data == nullptr
-              ? nullptr
-              : p.rank_ranges + 2 * (place.b * p.rank_tiles + place.seq.first_key / kRankTile)};
+          key_rows<T>(p, p.k, place.b, place.seq, kv_head),
+          key_rows<T>(p, p.v, place.b, place.seq, kv_head),
+          rank_ranges_of(p, place.b, place.seq)};
 }
 
-// The tiles of one split that some lane may see, in order. All threads of a warp take the same steps.
-template <int kBlockKV, class Block>
+// The tiles of kRows rows, among those from begin to end, that a block has to do with, in order: block->sight<kRows>(tile)
+// says which. All threads of a warp take the same steps.
+template <int kRows, class Block>
 struct TileWalk {
   const Block* block;
-  int32_t tile = 0, end_key = 0;
+  int32_t tile = 0, end = 0;
   int32_t window = -1;  // the 32 tiles that the next two describe begin here
   uint32_t some = 0, whole = 0;
 
-  __device__ __forceinline__ void start(int split) {
-    const Splits splits = block->splits;
-    tile = split * splits.keys / kBlockKV;
-    end_key = split + 1 == splits.count ? block->place.seq.keys : (split + 1) * splits.keys;
+  __device__ __forceinline__ void start(int32_t begin_row, int32_t end_row) {
+    tile = begin_row / kRows;
+    end = end_row;
   }
-  // Moves on to a tile that is not hidden, if need be; false at the end of the split.
+  // Moves on to a tile that is not hidden, if need be; false at the end.
   __device__ __forceinline__ bool find() {
-    while (tile * kBlockKV < end_key) {
+    while (tile * kRows < end) {
       if (tile / 32 * 32 != window) look(tile / 32 * 32);
       const uint32_t rest = some >> (tile - window);
       if ((rest & 1) != 0) return true;
@@ -140,34 +202,16 @@ struct TileWalk {
     }
     return false;
   }
-  // Every lane sees every key of this tile, which ends before the split does.
+  // All rows see each other in this tile, which ends before `end`.
   __device__ __forceinline__ bool unmasked() const {
-    return (whole >> (tile - window) & 1) != 0 && (tile + 1) * kBlockKV <= end_key;
+    return (whole >> (tile - window) & 1) != 0 && (tile + 1) * kRows <= end;
   }
   __device__ __forceinline__ void look(int32_t first) {
     window = first;
-    const int64_t mine = first + static_cast<int32_t>(threadIdx.x % kWarpSize);
-    const int32_t keys = block->place.seq.keys;
-    const int32_t* rank_ranges = block->rank_ranges;
-    bool maybe = false, fully = false;
-    if (mine * kBlockKV < keys) {
-      int32_t low = static_cast<int32_t>(mine * kBlockKV);
-      int32_t high = keys - low > kBlockKV ? low + kBlockKV - 1 : keys - 1;
-      if (rank_ranges != nullptr) {
-        const int64_t from = mine * kBlockKV / kRankTile, to = high / kRankTile;
-        low = INT32_MAX;
-        high = INT32_MIN;
-        for (int64_t i = from; i <= to; ++i) {
-          const int32_t tile_low = rank_ranges[2 * i], tile_high = rank_ranges[2 * i + 1];
-          low = tile_low < low ? tile_low : low;
-          high = tile_high > high ? tile_high : high;
-        }
-      }
-      maybe = tile_maybe_visible(block->hull.any, low, high);
-      fully = tile_fully_visible(block->hull.all, low, high);
-    }
-    some = ballot(maybe);
-    whole = ballot(fully);
+    const Sight sight =
+        block->template sight<kRows>(int64_t{first} + static_cast<int32_t>(threadIdx.x % kWarpSize));
+    some = ballot(sight.some);
+    whole = ballot(sight.whole);
   }
 };
 

@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
     attention_kernel(const AttentionProblem p) {
   using Tile = Tile<T, kHeadDim, kFew>;
   constexpr int kSlots = Tile::kSlots, kBlockKV = Tile::kBlockKV;
-  const Place place = find_place<T, kFew>(p);
+  const Place place = find_place<Tile::kLanes>(p);
   const int64_t kv_head = blockIdx.z;
-  if (place.lanes == 0) return;
+  const bool mine = kIsFloat<T> || (place.all_lanes <= kFewLanes) == kFew;
+  if (place.lanes == 0 || !mine) return;
   if (place.seq.keys < 0) return store_nan<T>(p, place, kv_head);
   const Splits splits = split_keys(place.all_lanes, place.seq.keys, kIsFloat<T>);
   if (static_cast<int>(blockIdx.y) >= splits.count) return;
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
     smem.range[threadIdx.x] = query_range(p, place.b, place.seq, (place.first_lane + r) / p.group);
   }
   block_sync();
-  const Hull hull = hull_of(place.lanes, smem.range);
+  const Hull hull = hull_of(place.lanes, [&](int r) { return smem.range[r]; });
   if (threadIdx.x == 0) *smem.block = make_block<T>(p, place, splits, hull, kv_head);
   block_sync();
   const Block<T>& block = *smem.block;
@@ -74,29 +75,32 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
   const bool ranked = p.k_rank.data != nullptr;
   TileWalk<kBlockKV, Block<T>> ahead = {&block};
   int ahead_split = blockIdx.y, ahead_slot = 0;
-  ahead.start(ahead_split);
+  const auto start = [&](TileWalk<kBlockKV, Block<T>>& walk, int split) {
+    walk.start(block.begin_key(split), block.end_key(split));
+  };
+  start(ahead, ahead_split);
   const auto load_keys = [&] {
     while (ahead_split < block.splits.count && !ahead.find()) {
       ahead_split += gridDim.y;
-      if (ahead_split < block.splits.count) ahead.start(ahead_split);
+      if (ahead_split < block.splits.count) start(ahead, ahead_split);
     }
     if (ahead_split < block.splits.count) {
       const int32_t begin = ahead.tile * kBlockKV, j = begin + static_cast<int32_t>(threadIdx.x);
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.keys, begin, ahead.end_key,
-                      p.head_dim, p.k.aligned);
+      load_tile<Tile, kBlockKV>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.keys, begin, ahead.end,
+                                p.head_dim, p.k.aligned);
       if (ranked && threadIdx.x < kBlockKV)
         copy_async_4(smem_address(smem.rank + ahead_slot * kBlockKV + threadIdx.x),
                      p.k_rank.data + block.place.b * p.k_rank.batch +
-                         (j < ahead.end_key ? block.place.seq.first_key + j : 0) * p.k_rank.row,
-                     j < ahead.end_key);
+                         (j < ahead.end ? block.place.seq.first_key + j : 0) * p.k_rank.row,
+                     j < ahead.end);
     }
     copy_async_commit();
     ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
   };
   const auto load_values = [&] {
     if (ahead_split < block.splits.count)
-      load_tile<Tile>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.values, ahead.tile * kBlockKV,
-                      ahead.end_key, p.head_dim, p.v.aligned);
+      load_tile<Tile, kBlockKV>(smem.ring + ahead_slot * kBlockKV * kHeadDim, block.values,
+                                ahead.tile * kBlockKV, ahead.end, p.head_dim, p.v.aligned);
     copy_async_commit();
     ++ahead.tile;
     ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
 #pragma unroll 1
-    for (walk.start(split); walk.find(); ++walk.tile) {
+    for (start(walk, split); walk.find(); ++walk.tile) {
       float scores[Tile::kKeyTiles][4];
 #pragma unroll
       for (int n = 0; n < Tile::kKeyTiles; ++n)
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, Tile<T, kHeadDim, kFew>::kBlocks)
             const int32_t rank = ranked ? smem.rank[slot * kBlockKV + at] : j;
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-              if (j >= walk.end_key || !visible(range[h], rank)) scores[n][2 * h + i] = kNegInf;
+              if (j >= walk.end || !visible(range[h], rank)) scores[n][2 * h + i] = kNegInf;
           }
       }
       leave_tile();
@@ -270,12 +274,15 @@ void launch_attention(const AttentionProblem& p, void* stream) {
 
 }  // namespace
 
+void run_ranks(const AttentionProblem& p, void* stream) {
+  if (p.k_rank.data == nullptr) return;
+  const int64_t blocks = ceil_div(ceil_div(p.max_keys, kRankTile), kWarps);
+  launch("attention_ranks", rank_kernel, Grid{p.batch * blocks}, kThreads, 0, stream, p, blocks);
+}
+
 void run_attention(const AttentionProblem& p, DType dtype, void* stream) {
   if (p.group == 0 || p.total_rows == 0 || p.batch == 0) return;
-  if (p.k_rank.data != nullptr) {
-    const int64_t blocks = ceil_div(ceil_div(p.max_keys, kRankTile), kWarps);
-    launch("attention_ranks", rank_kernel, Grid{p.batch * blocks}, kThreads, 0, stream, p, blocks);
-  }
+  run_ranks(p, stream);
   dispatch_dtype(dtype, [&]<class T>() {
     dispatch_head_dim(p.head_dim, [&]<int kHeadDim>() {
       if (kIsFloat<T> || p.ragged || most_lanes(p) <= kFewLanes)

@@ -37,14 +37,7 @@ struct RowOut {
       part[d + 1] = y;
       return;
     }
-    if constexpr (!kIsFloat<T>) {
-      if (aligned) {
-        *reinterpret_cast<uint32_t*>(out + d) = pack<T>(x, y);
-        return;
-      }
-    }
-    out[d] = from_float<T>(x);
-    out[d + 1] = from_float<T>(y);
+    cuda::store_pair(out, d, x, y, aligned);
   }
 };
 

@@ -58,43 +58,31 @@ AttentionProblem make_problem(const Tensor& out, const Tensor& lse, const Tensor
   return p;
 }
 
-int64_t plan_attention(AttentionProblem* problem, DType dtype, void* workspace) {
+void plan_ranks(AttentionProblem* problem, Scratch* scratch) {
   AttentionProblem& p = *problem;
-  if (p.group == 0 || p.total_rows == 0 || p.batch == 0) return 0;
-  ArenaSize size;
-  int64_t ranks_at = 0, out_at = 0, lse_at = 0;
-  const auto place = [&](int64_t count) {
-    size.take<char>(0, 16);
-    const int64_t at = size.bytes();
-    size.take<float>(count, 16);
-    return at;
-  };
-  if (p.k_rank.data != nullptr) {
-    const int64_t tiles = ceil_div(p.max_keys, kRankTile);
-    p.rank_tiles = p.packed_keys ? 1 : tiles;
-    ranks_at = place(2 * (p.packed_keys ? tiles + p.batch : p.batch * tiles));
-  }
+  if (p.k_rank.data == nullptr) return;
+  const int64_t tiles = ceil_div(p.max_keys, kRankTile);
+  p.rank_tiles = p.packed_keys ? 1 : tiles;
+  p.rank_ranges = scratch->take<int32_t>(2 * (p.packed_keys ? tiles + p.batch : p.batch * tiles));
+}
+
+void plan_attention(AttentionProblem* problem, DType dtype, Scratch* scratch) {
+  AttentionProblem& p = *problem;
+  if (p.group == 0 || p.total_rows == 0 || p.batch == 0) return;
+  plan_ranks(problem, scratch);
   const int64_t splits = most_splits(p, dtype);
-  if (splits > 1) {
-    // Rows of parts: of every lane, or of every sequence, whichever is less.
-    const int64_t lanes = most_lanes(p), limit = dtype == DType::f32 ? 512 : 1024;  // of lanes times splits
-    const int64_t per_sequence = lanes * splits < limit || lanes <= kFewLanes ? lanes * splits : limit;
-    const int64_t by_lane = p.total_rows * p.group * splits, by_sequence = p.batch * per_sequence;
-    if (p.packed && by_lane < by_sequence)
-      p.part_lane = splits;
-    else
-      p.part_sequence = per_sequence;
-    p.part_head = p.part_lane > 0 ? by_lane : by_sequence;
-    out_at = place(p.kv_heads * p.part_head * p.head_dim);
-    lse_at = place(p.kv_heads * p.part_head);
-  }
-  if (workspace != nullptr) {
-    char* base = static_cast<char*>(workspace);
-    p.rank_ranges = reinterpret_cast<int32_t*>(base + ranks_at);
-    p.part_out = reinterpret_cast<float*>(base + out_at);
-    p.part_lse = reinterpret_cast<float*>(base + lse_at);
-  }
-  return size.bytes();
+  if (splits <= 1) return;
+  // Rows of parts: of every lane, or of every sequence, whichever is less.
+  const int64_t lanes = most_lanes(p), limit = dtype == DType::f32 ? 512 : 1024;  // of lanes times splits
+  const int64_t per_sequence = lanes * splits < limit || lanes <= kFewLanes ? lanes * splits : limit;
+  const int64_t by_lane = p.total_rows * p.group * splits, by_sequence = p.batch * per_sequence;
+  if (p.packed && by_lane < by_sequence)
+    p.part_lane = splits;
+  else
+    p.part_sequence = per_sequence;
+  p.part_head = p.part_lane > 0 ? by_lane : by_sequence;
+  p.part_out = scratch->take<float>(p.kv_heads * p.part_head * p.head_dim);
+  p.part_lse = scratch->take<float>(p.kv_heads * p.part_head);
 }
 
 }  // namespace esokern::cuda

@@ -1,4 +1,4 @@
-// What both attention ops tell the kernels that serve them (attention_kernel.cu), as plain data.
+// What the attention ops tell the kernels that serve them (attention_kernel.cu), as plain data.
 //
 // A "lane" is a row of work: lane r of (sequence b, kv head) is query row r / group with query head
 // kv_head * group + r % group, so that the heads that share keys share a block.
@@ -116,14 +116,34 @@ inline int64_t most_splits(const AttentionProblem& p, DType dtype) {
   return split_keys(p.ragged ? 1 : most_lanes(p), p.max_keys, dtype == DType::f32).count;
 }
 
-// Fills in what both ops have in common; checks what the kernels can serve.
+// Hands out the scratch of a call in the order asked for; without memory it only counts the bytes.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = ceil_div(bytes_, 16) * 16;
+    bytes_ = at + count * static_cast<int64_t>(sizeof(T));
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + at);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Fills in what all ops have in common; checks what the kernels can serve.
 AttentionProblem make_problem(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
                               const Tensor& v, bool packed, int64_t batch, float softmax_scale);
 RowsView rows_view(const Tensor& t, bool packed);
 IntsView ints_view(const Tensor& t, bool packed);
 
-// Bytes of scratch, or its places: rank_ranges and part_* of `problem` point into `workspace`, if there is one.
-int64_t plan_attention(AttentionProblem* problem, DType dtype, void* workspace);
+// Takes rank_ranges, or all that run_attention needs of scratch.
+void plan_ranks(AttentionProblem* problem, Scratch* scratch);
+void plan_attention(AttentionProblem* problem, DType dtype, Scratch* scratch);
+// Fills in rank_ranges, if there are explicit ranks.
+void run_ranks(const AttentionProblem& problem, void* stream);
 void run_attention(const AttentionProblem& problem, DType dtype, void* stream);
 
 }  // namespace esokern::cuda

@@ -9,34 +9,18 @@
 #pragma once
 
 #include "cuda/attention_block.cuh"
+#include "cuda/float4.cuh"
 
 namespace esokern::cuda {
 namespace {
 
-template <class T, int kHeadDim, bool kFew>
-struct Tile {
-  static constexpr int kLanes = kFew ? kFewLanes : kManyLanes;
-  static constexpr int kBlockKV =
-      kIsFloat<T> ? (kHeadDim <= 96 ? 64 : 32) : (!kFew && kHeadDim == 256 ? 32 : 64);
-  static constexpr int kWarpKeys = kFew ? kBlockKV / kWarps : kBlockKV;
-  static constexpr int kKeyTiles = kWarpKeys / 8, kColumnTiles = kHeadDim / 8;
-  static constexpr int kRow = kHeadDim;
-  // Blocks per multiprocessor that registers must allow: as many as do not spill.
-  static constexpr int kBlocks = kIsFloat<T> || kHeadDim >= 128 ? 2
-                                 : kFew                         ? (kHeadDim == 64 ? 4 : 3)
-                                 : kHeadDim == 64               ? 3
-                                                                : 2;
-  static constexpr int kFloatUnroll = kHeadDim == 256 ? 1 : 4;  // more would spill
-  static constexpr int kMergeStride = kHeadDim + 8;             // floats; eight rows lie in different banks
+// Rows of a head in shared memory: chunks of 16 bytes, swizzled.
+template <class T, int kHeadDim>
+struct TileRows {
+  static constexpr int kRow = kHeadDim, kColumnTiles = kHeadDim / 8;
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kHeadDim / kChunkElements;
-  static constexpr int kTileBytes = kBlockKV * kHeadDim * static_cast<int>(sizeof(T));
-  // As many as leave room for the blocks that registers allow; 24 KB and more under way in each.
-  static constexpr int kSlots = kHeadDim == 256                                    ? 2
-                                : kTileBytes > 16384 || (!kFew && kHeadDim == 128) ? 3
-                                                                                   : 4;
-  static constexpr bool kKeepQuery = !kIsFloat<T> && kHeadDim <= 128;  // query fragments stay in registers
-  static constexpr int kKept = kKeepQuery ? kHeadDim / 16 : 1;
+  static constexpr int kFloatUnroll = kHeadDim == 256 ? 1 : 4;  // more would spill
 
   // Element (row, chunk) of a tile: chunks change places within groups of eight, or of four where rows end there.
   static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
@@ -51,6 +35,30 @@ struct Tile {
            static_cast<uint32_t>(chunk / kGroup * kGroup * 16);
   }
   static constexpr int kEightRows = 8 * kHeadDim * static_cast<int>(sizeof(T));  // bytes
+};
+
+template <class T, int kHeadDim, bool kFew>
+struct Tile : TileRows<T, kHeadDim> {
+  using TileRows<T, kHeadDim>::kChunks;
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLanes = kFew ? kFewLanes : kManyLanes;
+  static constexpr int kBlockKV =
+      kIsFloat<T> ? (kHeadDim <= 96 ? 64 : 32) : (!kFew && kHeadDim == 256 ? 32 : 64);
+  static constexpr int kWarpKeys = kFew ? kBlockKV / kWarps : kBlockKV;
+  static constexpr int kKeyTiles = kWarpKeys / 8;
+  // Blocks per multiprocessor that registers must allow: as many as do not spill.
+  static constexpr int kBlocks = kIsFloat<T> || kHeadDim >= 128 ? 2
+                                 : kFew                         ? (kHeadDim == 64 ? 4 : 3)
+                                 : kHeadDim == 64               ? 3
+                                                                : 2;
+  static constexpr int kMergeStride = kHeadDim + 8;  // floats; eight rows lie in different banks
+  static constexpr int kTileBytes = kBlockKV * kHeadDim * static_cast<int>(sizeof(T));
+  // As many as leave room for the blocks that registers allow; 24 KB and more under way in each.
+  static constexpr int kSlots = kHeadDim == 256                                    ? 2
+                                : kTileBytes > 16384 || (!kFew && kHeadDim == 128) ? 3
+                                                                                   : 4;
+  static constexpr bool kKeepQuery = !kIsFloat<T> && kHeadDim <= 128;  // query fragments stay in registers
+  static constexpr int kKept = kKeepQuery ? kHeadDim / 16 : 1;
 
   struct Smem {
     T* ring;
@@ -78,19 +86,20 @@ struct Tile {
   };
 };
 
-// Starts the copies of rows [begin, begin + kBlockKV) into `tile`; zeros at and past `end` and head_dim. A thread has one
+// Starts the copies of rows [begin, begin + kRows) into `tile`; zeros at and past `end` and head_dim. A thread has one
 // place in a group of chunks and every kRowsAtOnce-th row, so that its swizzle never changes.
-template <class Tile, class T>
-__device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32_t begin, int32_t end,
-                                          int head_dim, bool aligned) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kGroup, kStep = Tile::kGroup * Tile::kChunkElements;
+template <class Tile, int kRows, class T, class Rows>
+__device__ __forceinline__ void load_tile(T* tile, const Rows& rows, int32_t begin, int32_t end, int head_dim,
+                                          bool aligned) {
+  constexpr int kRowsAtOnce = Tile::kThreads / Tile::kGroup, kStep = Tile::kGroup * Tile::kChunkElements;
+  static_assert(kRows % kRowsAtOnce == 0 && kRowsAtOnce % 8 == 0);
   const int row = threadIdx.x / Tile::kGroup, chunk = threadIdx.x % Tile::kGroup;
   const int column = chunk * Tile::kChunkElements;
   T* to = tile + Tile::at(row, chunk);
   if (aligned) {
     const uint32_t place = smem_address(to);
 #pragma unroll
-    for (int pass = 0; pass < Tile::kBlockKV; pass += kRowsAtOnce) {
+    for (int pass = 0; pass < kRows; pass += kRowsAtOnce) {
       const int32_t j = begin + row + pass;
       const T* from = rows.at(j < end ? j : begin) + column;
 #pragma unroll
@@ -100,7 +109,7 @@ __device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32
     }
   } else {
 #pragma unroll 1
-    for (int pass = 0; pass < Tile::kBlockKV; pass += kRowsAtOnce) {
+    for (int pass = 0; pass < kRows; pass += kRowsAtOnce) {
       const int32_t j = begin + row + pass;
       const T* from = rows.at(j < end ? j : begin) + column;
 #pragma unroll 1
@@ -112,15 +121,13 @@ __device__ __forceinline__ void load_tile(T* tile, const KeyRows<T>& rows, int32
   }
 }
 
-struct alignas(16) Float4 {
-  float x[4];
-};
 struct alignas(8) Float2 {
   float x[2];
 };
 // Four products are added among themselves first: a chain of 64 would round too often for float32.
 __device__ __forceinline__ float dot(const Float4& a, const Float4& b) {
-  return (a.x[0] * b.x[0] + a.x[1] * b.x[1]) + (a.x[2] * b.x[2] + a.x[3] * b.x[3]);
+  return (a.value[0] * b.value[0] + a.value[1] * b.value[1]) +
+         (a.value[2] * b.value[2] + a.value[3] * b.value[3]);
 }
 
 // scores[n] += queries of this warp times keys [first_key, first_key + kWarpKeys) of the tile, for float32.
@@ -185,33 +192,43 @@ __device__ __forceinline__ void score_halves(float (&scores)[Tile::kKeyTiles][4]
   }
 }
 
-// out += weights times values [first_key, first_key + kWarpKeys) of the tile.
+// out += weights times values [first_key, first_key + kWarpKeys) of the tile. The products of eight keys are added among
+// themselves first, as in dot().
 template <class Tile>
 __device__ __forceinline__ void add_floats(float (&out)[Tile::kColumnTiles][4],
                                            const float (&weights)[Tile::kKeyTiles][4], const float* values,
                                            int first_key) {
   const int lane = threadIdx.x % kWarpSize, t = lane % 4;
+  // Columns 8 n + 2 t lie in chunk 2 n + t / 2, which the swizzle moves to (2 n ^ 2 pair) + (t / 2 ^ odd) in row
+  // 2 pair + odd.
+  const float* rows[2] = {values + first_key * Tile::kRow + t / 2 * 4 + t % 2 * 2,
+                          values + (first_key + 1) * Tile::kRow + (t / 2 ^ 1) * 4 + t % 2 * 2};
 #pragma unroll
-  for (int tile = 0; tile < Tile::kKeyTiles; ++tile)
-#pragma unroll Tile::kFloatUnroll
-    for (int pair = 0; pair < 4; ++pair)
+  for (int tile = 0; tile < Tile::kKeyTiles; ++tile) {
+    float low[8], high[8];
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const float low = shfl(weights[tile][odd], lane - t + pair);
-        const float high = shfl(weights[tile][2 + odd], lane - t + pair);
-        // Columns 8 n + 2 t lie in chunk 2 n + t / 2, which the swizzle moves to (2 n ^ 2 pair) + (t / 2 ^ odd).
-        const float* row =
-            values + (first_key + 8 * tile + 2 * pair + odd) * Tile::kRow + ((t / 2 ^ odd) * 4 + t % 2 * 2);
+    for (int key = 0; key < 8; ++key) {
+      low[key] = shfl(weights[tile][key % 2], lane - t + key / 2);
+      high[key] = shfl(weights[tile][2 + key % 2], lane - t + key / 2);
+    }
 #pragma unroll
-        for (int n = 0; n < Tile::kColumnTiles; ++n) {
-          const Float2 value = *reinterpret_cast<const Float2*>(row + (2 * n ^ 2 * pair) * 4);
+    for (int n = 0; n < Tile::kColumnTiles; ++n) {
+      float sum[4] = {};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            out[n][i] += low * value.x[i];
-            out[n][2 + i] += high * value.x[i];
-          }
+      for (int key = 0; key < 8; ++key) {
+        const int pair = key / 2;
+        const Float2 value = *reinterpret_cast<const Float2*>(
+            rows[key % 2] + (8 * tile + 2 * pair) * Tile::kRow + (2 * n ^ 2 * pair) * 4);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sum[i] += low[key] * value.x[i];
+          sum[2 + i] += high[key] * value.x[i];
         }
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] += sum[i];
+    }
+  }
 }
 
 // The same for halves. kRest: add too what rounding takes from the weights.

@@ -176,12 +176,10 @@ Call plan(const AttentionWithKvcacheArgs& a, void* workspace) {
   append.slots = ints_view(a.slots, packed);
   append.cache_rows = a.k_cache.shape[0];
 
-  const int64_t sequence_bytes = batch * static_cast<int64_t>(sizeof(Sequence));
-  p.sequences = static_cast<Sequence*>(workspace);
-  call.bytes =
-      sequence_bytes +
-      plan_attention(&p, a.q.dtype,
-                     workspace == nullptr ? nullptr : static_cast<char*>(workspace) + sequence_bytes);
+  Scratch scratch(workspace);
+  p.sequences = scratch.take<Sequence>(batch);
+  plan_attention(&p, a.q.dtype, &scratch);
+  call.bytes = scratch.bytes();
   return call;
 }
 

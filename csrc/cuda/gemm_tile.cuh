@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "cuda/device.cuh"
+#include "cuda/float4.cuh"
 
 namespace esokern::cuda {
 namespace {
@@ -41,10 +42,6 @@ bool gemm_aligned(const GemmProblem<T>& p) {
   const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   return address(p.weight) && address(p.x) && whole(p.ld_weight) && whole(p.ld_x) && whole(p.depth);
 }
-
-struct alignas(16) Float4 {
-  float value[4];
-};
 
 template <class T, int kRows>
 struct GemmTile {

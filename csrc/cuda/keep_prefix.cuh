@@ -67,11 +67,6 @@ __device__ __forceinline__ Prefix shorter(Prefix a, Prefix b) {
   if (a.key != b.key) return a.key > b.key ? a : b;
   return a.ties < b.ties ? a : b;
 }
-__device__ __forceinline__ int count_bits(uint32_t x) {
-  x -= x >> 1 & 0x55555555u;
-  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
-  return static_cast<int>(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
-}
 
 struct FilterSmem {
   int32_t low[kBins * kCopies], high[kBins * kCopies];  // halves of the bins
@@ -104,7 +99,7 @@ template <class Body>
 __device__ __forceinline__ void for_each_logit(const float* x, int64_t begin, int64_t end, const Body& body) {
 #pragma unroll 4
   for (int64_t i = begin + 4 * threadIdx.x; i < end; i += 4 * kFilterThreads) {
-    const Logits4 v = *reinterpret_cast<const Logits4*>(x + i);
+    const Float4 v = *reinterpret_cast<const Float4*>(x + i);
 #pragma unroll
     for (int c = 0; c < 4; ++c) body(v.value[c]);
   }
@@ -289,7 +284,7 @@ __device__ __forceinline__ void find_tie(const float* x, int64_t count, float v,
   const int64_t tiles = count / kTile, begin = tiles * warp / kFilterWarps * kTile,
                 end = tiles * (warp + 1) / kFilterWarps * kTile;
   const auto equal = [&](int64_t column, uint32_t (&lanes)[4]) {
-    const Logits4 logits = *reinterpret_cast<const Logits4*>(x + column + 4 * lane);
+    const Float4 logits = *reinterpret_cast<const Float4*>(x + column + 4 * lane);
     int found = 0;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {

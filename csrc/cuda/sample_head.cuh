@@ -1,18 +1,17 @@
-// The LM head of unmask_sample: gemm_tile.cuh with the sampler as the epilogue of its tiles.
+// The LM head of unmask_sample: tiles of logits (head_tile.cuh) with the sampler as their epilogue.
 #pragma once
 
-#include "cuda/gemm_tile.cuh"
-#include "cuda/sample_tile.cuh"
+#include "cuda/head_tile.cuh"
 
 namespace esokern::cuda {
 namespace {
 
-// The sampler behind a tile of the GEMM. The sums pass through the free stage of its pipeline, up to 32 rows at a time.
+// The sampler behind a tile of the GEMM.
 template <class T, int kRows>
 class SampleEpilogue {
   using Tile = GemmTile<T, kRows>;
-  static constexpr int kLines = kRows < 32 ? kRows : 32;
-  static_assert(LogitsTile<kLines>::kBytes + kRows * (sizeof(Row) + sizeof(float)) <= Tile::kStageBytes);
+  using Head = HeadTile<T, kRows>;
+  static_assert(Head::kBytes + kRows * (sizeof(Row) + sizeof(float)) <= Tile::kStageBytes);
 
  public:
   __device__ __forceinline__ SampleEpilogue(const SampleProblem& p, const T* bias, int64_t count)
@@ -28,53 +27,20 @@ class SampleEpilogue {
 
   __device__ __forceinline__ void finish(const typename Tile::Sums& sums, unsigned char* scratch,
                                          int64_t column, int64_t first) {
-    const LogitsTile<kLines> tile = {scratch};
-    Row* rows = reinterpret_cast<Row*>(scratch + LogitsTile<kLines>::kBytes);
+    Row* rows = reinterpret_cast<Row*>(scratch + Head::kBytes);
     float* floors = reinterpret_cast<float*>(rows + kRows);
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4;
-    Logits4 bias = {};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t id = column + 32 * warp + 4 * g + c - p_.shift;
-      if (bias_ != nullptr && id >= 0 && id < p_.vocab) bias.value[c] = to_float(bias_[id]);
-    }
+    const Float4 bias = Head::load_bias(p_, bias_, column);
     block_sync();
     if (threadIdx.x < kRows) {
       rows[threadIdx.x] = row_;
       floors[threadIdx.x] = float_of_order(floor_);
     }
-#pragma unroll 1
-    for (int begin = 0; begin < kRows && first + begin < count_; begin += kLines) {
-#pragma unroll
-      for (int part = 0; part < kRows; part += kLines)
-        if (part == begin) put_rows(sums, part, bias, tile);
-      block_sync();
-#pragma unroll 1
-      for (int i = 0; i < kLines && first + begin + i < count_; i += Tile::kThreads / kRowLanes) {
-        const int line = i + threadIdx.x / kRowLanes;
-        const int64_t slot = first + begin + line;
-        finish_tile(p_, rows[begin + line], floors[begin + line], slot < count_, tile, line, slot, column);
-      }
-      block_sync();
-    }
+    Head::for_rows(sums, bias, scratch, count_ - first, [&](auto tile, int line, int row) {
+      finish_tile(p_, rows[row], floors[row], first + row < count_, tile, line, first + row, column);
+    });
   }
 
  private:
-  // Sums of rows part .. part + kLines - 1, with bias.
-  __device__ __forceinline__ static void put_rows(const typename Tile::Sums& sums, int part,
-                                                  const Logits4& bias, LogitsTile<kLines> tile) {
-    const int warp = threadIdx.x / kWarpSize, g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < kLines / 8; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Logits4 x;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) x.value[c] = Tile::sum(sums, part / 8 + n, j, c) + bias.value[c];
-        *tile.at(8 * n + 2 * t + j, warp, g) = x;
-      }
-  }
-
   const SampleProblem& p_;
   const T* bias_;
   int64_t count_;

@@ -5,6 +5,7 @@
 //   bytes swizzled: both the fragments of a GEMM and the reads here go through without bank conflicts.
 #pragma once
 
+#include "cuda/float4.cuh"
 #include "cuda/sample_state.cuh"
 
 namespace esokern::cuda {
@@ -13,9 +14,15 @@ namespace {
 constexpr int kTile = 128;
 constexpr int kRowLanes = 8;
 
-struct alignas(16) Logits4 {
-  float value[4];
-};
+inline Columns make_columns(int64_t vocab, int64_t vocab_start, int64_t mask_id, float softcap) {
+  const int64_t shift = vocab_start & 3;
+  const bool has_mask = mask_id >= vocab_start && mask_id < vocab_start + vocab;
+  return {.vocab = vocab,
+          .columns = (shift + vocab + kTile - 1) / kTile * kTile,
+          .shift = shift,
+          .mask_column = has_mask ? mask_id - vocab_start + shift : -1,
+          .softcap = softcap};
+}
 
 template <int kLines>
 struct LogitsTile {
@@ -23,14 +30,14 @@ struct LogitsTile {
   unsigned char* base;
 
   // Columns 32 slice + 4 chunk + {0, 1, 2, 3} of a row.
-  __device__ __forceinline__ Logits4* at(int line, int slice, int chunk) const {
-    return reinterpret_cast<Logits4*>(base + ((slice * kLines + line) * 8 + (chunk ^ (line % 8))) * 16);
+  __device__ __forceinline__ Float4* at(int line, int slice, int chunk) const {
+    return reinterpret_cast<Float4*>(base + ((slice * kLines + line) * 8 + (chunk ^ (line % 8))) * 16);
   }
 };
 
 // Softcap, and -inf where there is no id to draw: on the lane's own columns.
 template <int kLines>
-__device__ __forceinline__ void finish_logits(const SampleProblem& p, LogitsTile<kLines> tile, int line,
+__device__ __forceinline__ void finish_logits(const Columns& p, LogitsTile<kLines> tile, int line,
                                               int64_t column) {
   const int64_t end = p.shift + p.vocab;
   const bool inside = column >= p.shift && column + kTile <= end;
@@ -39,7 +46,7 @@ __device__ __forceinline__ void finish_logits(const SampleProblem& p, LogitsTile
   const int chunk = threadIdx.x % kRowLanes;
 #pragma unroll 1
   for (int slice = 0; slice < 4; ++slice) {
-    Logits4 x = *tile.at(line, slice, chunk);
+    Float4 x = *tile.at(line, slice, chunk);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int64_t at = column + 32 * slice + 4 * chunk + c;
@@ -51,7 +58,7 @@ __device__ __forceinline__ void finish_logits(const SampleProblem& p, LogitsTile
 }
 
 // -inf for what the filters did not keep.
-__device__ __forceinline__ Logits4 keep(Logits4 x, const Row& row, int64_t column) {
+__device__ __forceinline__ Float4 keep(Float4 x, const Row& row, int64_t column) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const bool kept =
@@ -68,28 +75,43 @@ __device__ __forceinline__ float reduce_row(float x, const Reduce& reduce) {
   return x;
 }
 
-// Sets top, and what is wanted of second, sum and weighted, from the lane's logits.
-__device__ __forceinline__ void add_statistics(const SampleProblem& p, const Logits4 (&x)[4], float scale,
-                                               State* state) {
+// Is one of the row's logits NaN or +inf? From the lane's own.
+__device__ __forceinline__ bool is_bad(const Float4 (&x)[4]) {
+  bool good = true;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) good = good && x[i / 4].value[i % 4] <= kLargest;
+  const int row = threadIdx.x % kWarpSize / kRowLanes * kRowLanes;
+  return (ballot(!good) >> row & 0xffu) != 0;
+}
+
+// Of the row, from the lane's logits; weighted as in State, unless it is null.
+__device__ __forceinline__ LogSum log_sum(const Float4 (&x)[4], float scale, float* weighted) {
   const auto larger = [](float a, float b) { return fmaxf(a, b); };
   const auto plus = [](float a, float b) { return a + b; };
   float first = -kInfinity;
 #pragma unroll
   for (int i = 0; i < 16; ++i) first = fmaxf(first, x[i / 4].value[i % 4]);
-  state->top = reduce_row(first, larger);
-  const float top = fmaxf(state->top, -kLargest);
-  float sum = 0.0f, weighted = 0.0f;
+  LogSum total;
+  total.top = reduce_row(first, larger);
+  const float top = fmaxf(total.top, -kLargest);
+  float sum = 0.0f, sum_of_products = 0.0f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float d = binary_exponent(x[i / 4].value[i % 4], top, scale), e = exp2_fast(d);
     sum += e;
-    weighted += d * e;
+    sum_of_products += d * e;
   }
-  state->sum = reduce_row(sum, plus);
-  state->weighted = reduce_row(weighted, plus);
+  total.sum = reduce_row(sum, plus);
+  if (weighted != nullptr) *weighted = reduce_row(sum_of_products, plus);
+  return total;
+}
+
+// Sets total and weighted, and second if it is wanted, from the lane's logits.
+__device__ __forceinline__ void add_statistics(const SampleProblem& p, const Float4 (&x)[4], float scale,
+                                               State* state) {
+  state->total = log_sum(x, scale, &state->weighted);
   if (!p.wants_second) return;
-  float second = -kInfinity;
-  first = -kInfinity;
+  float first = -kInfinity, second = -kInfinity;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float v = x[i / 4].value[i % 4];
@@ -130,7 +152,7 @@ __device__ __forceinline__ void draw(const SampleProblem& p, const Row& row, Log
         continue;
       noise = gumbel4<Scalar>(words, block, row.position, row.step, row.key[0], row.key[1]);
     }
-    Logits4 x = *tile.at(line, slice, chunk);
+    Float4 x = *tile.at(line, slice, chunk);
     if (p.filtered) x = keep(x, row, at);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {  // ascending columns: the first of equal scores stays
@@ -150,18 +172,17 @@ __device__ __forceinline__ void draw(const SampleProblem& p, const Row& row, Log
 template <int kLines>
 __device__ __forceinline__ State sample_tile(const SampleProblem& p, const Row& row, LogitsTile<kLines> tile,
                                              int line, int64_t column, float floor) {
-  const int lane = threadIdx.x % kWarpSize, chunk = lane % kRowLanes;
-  State state = empty_state();
+  const int chunk = threadIdx.x % kRowLanes;
+  State state;
   float top = -kInfinity;
   {
-    Logits4 x[4];
-    bool good = true;
+    Float4 x[4];
+#pragma unroll
+    for (int slice = 0; slice < 4; ++slice) x[slice] = *tile.at(line, slice, chunk);
+    state.bad = is_bad(x);
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
-      x[slice] = *tile.at(line, slice, chunk);
-      Logits4 drawable = x[slice];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) good = good && x[slice].value[c] <= kLargest;
+      Float4 drawable = x[slice];
       if (p.filtered) {
         drawable = keep(drawable, row, column + 32 * slice + 4 * chunk);
         if (p.filtered_statistics) x[slice] = drawable;
@@ -169,7 +190,6 @@ __device__ __forceinline__ State sample_tile(const SampleProblem& p, const Row& 
 #pragma unroll
       for (int c = 0; c < 4; ++c) top = fmaxf(top, drawable.value[c]);
     }
-    state.bad = (ballot(!good) >> (lane - chunk) & 0xffu) != 0;
     if (p.wants_lse) add_statistics(p, x, row.scale, &state);
   }
   if (!state.bad) draw(p, row, tile, line, column, top, floor, &state);
@@ -198,9 +218,9 @@ __device__ __forceinline__ void finish_tile(const SampleProblem& p, const Row& r
     float top = -kInfinity;
 #pragma unroll
     for (int slice = 0; slice < 4; ++slice) {
-      const Logits4 x = *tile.at(line, slice, chunk);
+      const Float4 x = *tile.at(line, slice, chunk);
       if (in_use)
-        *reinterpret_cast<Logits4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) = x;
+        *reinterpret_cast<Float4*>(p.logits + slot * p.columns + column + 32 * slice + 4 * chunk) = x;
 #pragma unroll
       for (int c = 0; c < 4; ++c) top = x.value[c] <= kLargest ? fmaxf(top, x.value[c]) : kInfinity;
     }

@@ -15,6 +15,7 @@
 #include "cuda/keep_prefix.cuh"
 #include "cuda/sample_head.cuh"
 #include "cuda/sample_rows.cuh"
+#include "cuda/workspace.h"
 #include "ops.h"
 
 namespace esokern::cuda {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) sample_logits(SampleProblem p, Logit
     struct alignas(4 * sizeof(T)) Four {
       T value[4];
     } four = {};
-    Logits4 x;
+    Float4 x;
     if (source.aligned && at + 4 <= source.width) {
       four = *reinterpret_cast<const Four*>(from + at);
     } else {
@@ -105,15 +106,10 @@ int64_t batch_rows(const UnmaskSampleArgs& args) {
 SampleProblem make_problem(const UnmaskSampleArgs& args) {
   SampleProblem p = {};
   p.slots = batch_rows(args);
-  p.vocab = args.hidden.given() ? args.weight.shape[0] : args.logits.shape[1];
-  ESOKERN_CHECK(p.vocab < INT32_MAX - kTile, "unmask_sample: at most 2^31 - 129 ids, vocab", p.vocab);
-  p.shift = args.vocab_start & 3;
-  p.columns = (p.shift + p.vocab + kTile - 1) / kTile * kTile;
-  p.mask_column = -1;
-  if (args.mask_id >= args.vocab_start && args.mask_id < args.vocab_start + p.vocab)
-    p.mask_column = args.mask_id - args.vocab_start + p.shift;
+  const int64_t vocab = args.hidden.given() ? args.weight.shape[0] : args.logits.shape[1];
+  ESOKERN_CHECK(vocab < INT32_MAX - kTile, "unmask_sample: at most 2^31 - 129 ids, vocab", vocab);
+  static_cast<Columns&>(p) = make_columns(vocab, args.vocab_start, args.mask_id, args.logit_softcap);
   p.first_block = static_cast<uint32_t>(args.vocab_start >> 2);
-  p.softcap = args.logit_softcap;
   p.wants_second = args.margin.given();
   p.wants_lse = args.logprob.given() || args.prob.given() || args.margin.given() || args.entropy.given() ||
                 args.lse.given();
@@ -137,20 +133,6 @@ float* take_scratch(SampleProblem* p, Source& source) {
   return source.template take<float>(p->slots * p->columns);
 }
 
-class Workspace {
- public:
-  explicit Workspace(void* base) : next_(static_cast<unsigned char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(next_);
-    next_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
-    return array;
-  }
-
- private:
-  unsigned char* next_;
-};
-
 template <class T>
 struct Head {
   GemmProblem<T> gemm;
@@ -158,7 +140,6 @@ struct Head {
 
   void launch_head(const SampleProblem& p, int64_t rows, void* stream) {
     gemm.rows = rows;  // at most; the grid goes by it
-    gemm.x_rows = p.row_index;
     const auto run = [&]<int kRows>() {
       launch("sample_head", sample_head<T, kRows>, {GemmTile<T, kRows>::blocks(gemm)},
              GemmTile<T, kRows>::kThreads, GemmTile<T, kRows>::kSharedBytes, stream, p, gemm, bias);
@@ -204,15 +185,7 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
   Head<T> head = {};
   LogitsSource<T> logits = {};
   if (args.hidden.given()) {
-    head.gemm.weight = args.weight.ptr<T>();
-    head.gemm.x = args.hidden.ptr<T>();
-    head.gemm.ld_weight = args.weight.stride[0];
-    head.gemm.ld_x = args.hidden.stride[0];
-    head.gemm.depth = args.hidden.shape[1];
-    head.gemm.ids = p.vocab;
-    head.gemm.shift = p.shift;
-    head.gemm.aligned = gemm_aligned(head.gemm);
-    head.bias = args.bias.ptr<T>();
+    head = {head_gemm<T>(args.hidden, args.weight, p.shift, p.row_index), args.bias.ptr<T>()};
   } else {
     const T* data = args.logits.ptr<T>();
     const bool aligned =
@@ -223,7 +196,7 @@ void run(const UnmaskSampleArgs& args, void* workspace, void* stream) {
   const int64_t total = total_rows(args);
   for (rows.first_row = 0; rows.first_row < total; rows.first_row += p.slots) {
     rows.count = total - rows.first_row < p.slots ? total - rows.first_row : p.slots;
-    launch("list_rows", list_rows, {1}, kRowThreads, 128, stream, p, rows);
+    launch("list_rows", list_rows, {1}, kRowThreads, kListCounts * sizeof(int32_t), stream, p, rows);
     p.logits = stored;
     if (args.hidden.given())
       head.launch_head(p, rows.count, stream);
