@@ -274,6 +274,27 @@ def any_order_likelihood(rank: torch.Tensor) -> RankMask:
     return esolm_sequential(rank)
 
 
+def esolm_steps(step_start: torch.Tensor, *, noisy: str = "causal") -> RankMask:
+    """All steps of Eso-LM's cached sampler at once, over [masks | x] in rank order, 2 * seqlen tokens (arXiv 2506.01928
+    section 4.2).
+
+    step_start [batch, seqlen]: for each rank, the rank at which the step that decodes it begins. x is causal in rank. A
+    mask sees the x tokens of earlier steps and, of the masks of its own step, those up to itself (noisy="causal", the
+    published sampler) or itself alone (noisy="independent"). With one token a step both are any_order_likelihood.
+    """
+    start = _as_rank("step_start", step_start)
+    if noisy not in ("independent", "causal"):
+        raise ValueError(f'noisy: got {noisy!r}, supported are "independent" and "causal"')
+    rank = _arange(start.shape[-1], start.device).expand_as(start)
+    first_seen = start if noisy == "causal" else rank
+    return RankMask(
+        k_rank=torch.cat([rank + _NOISY_OFFSET, rank], -1),
+        prefix_end=torch.cat([start - 1, rank], -1),
+        window_start=torch.cat([first_seen + _NOISY_OFFSET, torch.zeros_like(rank)], -1),
+        window_end=torch.cat([rank + _NOISY_OFFSET, torch.full_like(rank, -1)], -1),
+    )
+
+
 def _blocks(seqlen: int, block_size: int, device: torch.device | str | None) -> torch.Tensor:
     _check_seqlen("seqlen", seqlen)
     if block_size < 1:
