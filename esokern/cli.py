@@ -1,4 +1,4 @@
-"""The `esokern` command: generate, train, bench, info, demo."""
+"""The `esokern` command: generate, evaluate, train, bench, info, demo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from esokern import __version__, demo, train
+from esokern import __version__, demo, distributed, evaluate, train
 from esokern import backend as backends
 from esokern.generate import GenerationResult, StepInfo
 from esokern.models import FoldedNetwork, Network, NetworkConfig, load_model, pretrained
@@ -65,14 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--threads", type=int, metavar="N", help="threads of the kernels (default: one per core)")
     common.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
 
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument(
+    files = argparse.ArgumentParser(add_help=False)
+    files.add_argument(
         "--checkpoint", metavar="PATH", help="folder, .safetensors or .ckpt (default: the shipped model)"
     )
-    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: the one beside the checkpoint)")
-    model.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
-    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: that of --backend, or cpu)")
-    model.add_argument("--backend", choices=backends.BACKENDS, help="default: the compiled one of the device")
+    files.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json (default: the one beside the checkpoint)")
+    files.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    files.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    model = argparse.ArgumentParser(add_help=False, parents=[files])
+    model.add_argument(
+        "--backend", choices=backends.BACKENDS, help="default: the compiled one of the device; cuda implies its device"
+    )
 
     command = commands.add_parser(
         "generate",
@@ -110,9 +113,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--min-p", type=float, metavar="P")
     command.add_argument("--seed", type=int, default=0, help="default %(default)s")
     command.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default %(default)s)")
+    command.add_argument(
+        "--split",
+        choices=("rows", "head"),
+        default="rows",
+        help="what the processes of torchrun share: the samples of --batch, or the vocabulary of the LM head "
+        "(default %(default)s)",
+    )
     command.add_argument("--no-cache", action="store_true", help="recompute everything in every step: the same text")
     command.add_argument("--live", action="store_true", help="show the tokens while they appear")
     command.set_defaults(run=_generate)
+
+    command = commands.add_parser(
+        "evaluate",
+        parents=[common, files],
+        help="perplexity and bits per byte of a text",
+        description="How likely the model finds a text: the NELBO and the importance-weighted bound over K random "
+        "orders, or the exact likelihood of models that have one order.",
+    )
+    evaluate.add_arguments(command)
+    command.set_defaults(run=_evaluate, backend=None)
 
     commands.add_parser(
         "train", add_help=False, help="train a model (esokern train --help)", description="Train a model."
@@ -166,7 +186,7 @@ def _device(options: argparse.Namespace) -> torch.device:
         raise ValueError(
             f"--device {name}: this installation has no CUDA kernels (see esokern info); --backend reference needs none"
         )
-    return torch.device(name)
+    return distributed.local_device(name)
 
 
 def _load(options: argparse.Namespace) -> tuple[FoldedNetwork, Tokenizer]:
@@ -180,7 +200,8 @@ def _steps(text: str) -> float:
 
 
 def _generate_esolm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
-    return esolm.generate(
+    return distributed.generate(
+        esolm.generate,
         network,
         alpha_0=options.alpha0,
         num_steps=options.steps,
@@ -191,18 +212,23 @@ def _generate_esolm(options: argparse.Namespace, network: FoldedNetwork, tokeniz
 
 
 def _generate_mdlm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
-    return mdlm.generate(network, num_steps=options.steps, **common)
+    return distributed.generate(mdlm.generate, network, num_steps=options.steps, **common)
 
 
 def _generate_bd3lm(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
-    return bd3lm.generate(
-        network, num_steps=options.steps, block_size=options.block_size, cached=not options.no_cache, **common
+    return distributed.generate(
+        bd3lm.generate,
+        network,
+        num_steps=options.steps,
+        block_size=options.block_size,
+        cached=not options.no_cache,
+        **common,
     )
 
 
 def _generate_ar(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenizer, **common: object):
     start = {} if tokenizer.eos_id is None else {"start_token": tokenizer.eos_id}
-    return autoregressive.generate(network, cached=not options.no_cache, **start, **common)
+    return distributed.generate(autoregressive.generate, network, cached=not options.no_cache, **start, **common)
 
 
 SAMPLERS: dict[str, Callable[..., GenerationResult]] = {
@@ -214,7 +240,18 @@ SAMPLERS: dict[str, Callable[..., GenerationResult]] = {
 
 
 def _generate(options: argparse.Namespace) -> int:
+    """One process, or those that torchrun started, each with its share of --batch; the first one prints."""
+    on_gpu = (options.device or options.backend or "cpu").startswith("cuda")
+    with distributed.process_group("cuda" if on_gpu else "cpu"):
+        return _generate_rows(options)
+
+
+def _generate_rows(options: argparse.Namespace) -> int:
+    first = distributed.rank() == 0
     network, tokenizer = _load(options)
+    own = len(range(options.batch)[distributed.share(options.batch)])
+    if options.split == "head" and distributed.size() > 1:
+        network, own = distributed.shard_head(network), options.batch
     tokens = _starting_tokens(options, network, tokenizer)
     num_masked = int((tokens == tokenizer.mask_id).sum())
     common = {
@@ -227,18 +264,20 @@ def _generate(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "backend": options.backend,
     }
-    if options.live:
+    if options.live and first:
         with demo.LiveText(tokenizer, tokens) as live:
             result = SAMPLERS[options.sampler](options, network, tokenizer, callback=live, **common)
     else:
         with tqdm(
-            total=num_masked * options.batch, unit=" tokens", leave=False, disable=not sys.stderr.isatty()
+            total=num_masked * own, unit=" tokens", leave=False, disable=not (first and sys.stderr.isatty())
         ) as bar:
 
             def progress(step: StepInfo) -> None:
                 bar.update(len(step.tokens))
 
             result = SAMPLERS[options.sampler](options, network, tokenizer, callback=progress, **common)
+    if not first:
+        return 0
     shown = result.tokens[1:] if options.live else result.tokens
     for index, row in enumerate(shown.tolist()):
         if options.batch > 1:
@@ -277,6 +316,10 @@ def _starting_tokens(options: argparse.Namespace, network: FoldedNetwork, tokeni
     if len(prompt) >= length:
         raise ValueError(f"--prompt: its {len(prompt)} tokens leave no room in a length of {length}")
     return torch.tensor(prompt + [tokenizer.mask_id] * (length - len(prompt)))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    return evaluate.run(options, *_load(options))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -342,7 +385,12 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in ("torch", "numpy", "safetensors", "tokenizers", "tqdm"):
         yield package, importlib.metadata.version(package)
-    for package, use in (("pyyaml", "train --config"), ("matplotlib", "plots"), ("cupy", "CuPy arrays in ops")):
+    for package, use in (
+        ("pyyaml", "train --config"),
+        ("datasets", "train --corpus hf:..."),
+        ("matplotlib", "plots"),
+        ("cupy", "CuPy arrays in ops"),
+    ):
         module = {"pyyaml": "yaml"}.get(package, package)
         found = importlib.util.find_spec(module) is not None
         yield package, _version(package) if found else f"missing, needed for {use} only"

@@ -225,7 +225,7 @@ class Run:
 
     def draw(self, hidden: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """int64 [n]: a token for each of hidden [n, hidden], at positions int64 [n] of batch rows int64 [n]."""
-        network = self.network
+        network, shard = self.network, self.network.head_shard
         with self.sampling_time:
             result = unmask_sample(
                 hidden,
@@ -234,11 +234,17 @@ class Run:
                 mask_id=network.config.mask_id,
                 seed=self.seeds.index_select(0, rows),
                 positions=positions,
+                vocab_start=0 if shard is None else shard.start,
+                vocab_size=network.config.vocab_size,
                 return_logprob=self.logprob is not None,
+                return_lse=shard is not None and self.logprob is not None,
+                return_score=shard is not None,
                 backend=self.backend,
                 **self.constants,
                 **{name: values[rows] for name, values in self.per_row.items()},
             )
+            if shard is not None:
+                result = shard.merge(result)
             if self.logprob is not None:
                 self.logprob[rows, positions] = result.logprob
         return result.tokens

@@ -1,4 +1,4 @@
-"""Text: a corpus every machine has, and a byte-level BPE tokenizer whose last id is the mask.
+"""Text: a corpus every machine has, and tokenizers whose last id is the mask: bytes, byte-level BPE, or any other.
 
 The corpus is the source of Python's own standard library, in sorted path order, without tests, generated tables and
 non-text data. A file belongs to the held-out part if a hash of its relative path says so, so the split does not depend
@@ -8,6 +8,7 @@ on what else is installed.
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,13 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        return int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % HELD_OUT_PARTS == 0
+        return is_held_out(self.path)
+
+
+def is_held_out(path: str, fraction: float = 0.0) -> bool:
+    """Whether the document of this name belongs to the held-out part; fraction 0 = one in 20."""
+    digest = int(hashlib.sha256(path.encode()).hexdigest(), 16)
+    return digest % HELD_OUT_PARTS == 0 if fraction == 0 else digest < fraction * 2**256
 
 
 def standard_library(root: str | Path | None = None, max_bytes: int = 400_000) -> list[Document]:
@@ -81,20 +88,21 @@ def _is_table(text: str) -> bool:
     return letters < 0.4 * len(sample) or ascii_share < 0.97 * len(sample)
 
 
-def folder_of_text(root: str | Path, suffixes: Sequence[str] = (".txt", ".md", ".py")) -> list[Document]:
-    """Any folder of text files (or one file) as a corpus, in sorted path order."""
+def text_files(root: str | Path, suffixes: Sequence[str] = (".txt", ".md", ".py")) -> list[Path]:
+    """The text files of a folder in the order of their paths, or the one file. ValueError if there are none."""
     base = Path(root)
     if base.is_file():
-        return [Document(base.name, base.read_text(encoding="utf-8", errors="replace"))]
-    documents = [
-        Document(p.relative_to(base).as_posix(), p.read_text(encoding="utf-8", errors="replace"))
-        for p in sorted(base.rglob("*"))
-        if p.is_file() and p.suffix in suffixes
-    ]
-    if not documents:
+        return [base]
+    if not base.is_dir():
+        raise ValueError(f"there is no file or folder {base}")
+    files = [p for p in base.rglob("*") if p.is_file() and p.suffix in suffixes]
+    if not files:
         raise ValueError(f"no files ending in {', '.join(suffixes)} under {base}")
-    return documents
+    return sorted(files, key=lambda p: p.relative_to(base).as_posix())
 
+
+# A byte that no other piece of a SentencePiece vocabulary covers.
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 # A run of blank lines with the indent that follows is one piece, so that "new line, eight spaces" can be one token.
 _PIECES = r"\n+ *| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+"
@@ -131,6 +139,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(raw)
 
 
+def byte_tokenizer() -> Tokenizer:
+    """258 ids: the separator, the 256 bytes, the mask. For ASCII text that is one token per character."""
+    return train_tokenizer((), 258)
+
+
+def _byte_ids(raw: tokenizers.Tokenizer) -> np.ndarray | None:
+    """int64 [256]: the id of every byte, if the vocabulary is bytes and nothing else; a table is faster than BPE."""
+    special = {token.content for token in raw.get_added_tokens_decoder().values() if token.special}
+    pieces = {piece: index for piece, index in raw.get_vocab().items() if piece not in special}
+    if len(pieces) != 256 or pieces.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
+        return None
+    # Printable bytes stand for themselves, the others are the characters from 256 on (the convention of GPT-2).
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return np.array([pieces[chr(b if b in printable else 256 + others.index(b))] for b in range(256)])
+
+
 class Tokenizer:
     """A `tokenizers` tokenizer plus what a masked-diffusion model needs: `mask_id` (the last id) and `eos_id`.
 
@@ -145,6 +170,7 @@ class Tokenizer:
             raise ValueError(f"the tokenizer's {MASK} has id {known}; the mask must be the last id, {ids - 1}")
         self.mask_id: int = ids if known is None else known
         self.vocab_size: int = self.mask_id + 1  # the mask included
+        self._byte_ids = _byte_ids(raw)
         found = (raw.token_to_id(name) for name in (EOS, "</s>", "[SEP]"))
         self.eos_id: int | None = next((i for i in found if i is not None), None)
 
@@ -166,10 +192,16 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         self._raw.save(str(path), pretty=False)
 
+    def fingerprint(self) -> str:
+        """A hash of everything that decides how text is encoded."""
+        return hashlib.sha256(self._raw.to_str().encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Special tokens' names inside the text count as text, never as special tokens."""
         if not text:
             return []
+        if self._byte_ids is not None:
+            return self._byte_ids[np.frombuffer(text.encode(), dtype=np.uint8)].tolist()
         # Pieces between special names are encoded separately, the names themselves byte by byte, so user text cannot
         # smuggle in a mask or a separator.
         for name in (MASK, EOS):
@@ -180,6 +212,12 @@ class Tokenizer:
                     ids += self.encode(name[:1]) + self.encode(name[1:]) + self.encode(piece)
                 return ids
         return self._raw.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all processors."""
+        if self._byte_ids is not None or any(name in text for text in texts for name in (MASK, EOS)):
+            return [self.encode(text) for text in texts]
+        return [encoding.ids for encoding in self._raw.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model continues, without its trailing white space.
@@ -205,21 +243,21 @@ class Tokenizer:
         return "".join(text)
 
     def n_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: UTF-8 bytes each id stands for (0 for special ids); byte-level vocabularies only."""
+        """int64 [vocab_size]: UTF-8 bytes each id stands for, 0 for special ids.
+
+        Exact for byte-level vocabularies (GPT-2's, and those trained here) and for SentencePiece's; of others, such as
+        WordPiece's, which drop white space, it counts what they keep.
+        """
+        byte_level = "ByteLevel" in str(self._raw.decoder)
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         special = {i for i, token in self._raw.get_added_tokens_decoder().items() if token.special}
         for piece, index in self._raw.get_vocab(with_added_tokens=True).items():
-            if index not in special:
-                sizes[index] = len(piece)  # byte-level: one character of the piece is one byte
+            if index in special:
+                continue
+            if byte_level:
+                sizes[index] = len(piece)  # one character of the piece is one byte
+            elif _BYTE_PIECE.fullmatch(piece):
+                sizes[index] = 1
+            else:
+                sizes[index] = len(piece.replace("\u2581", " ").removeprefix("##").encode())
         return sizes
-
-
-def encode_corpus(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [T]: all documents joined, each preceded by the separator."""
-    if tokenizer.eos_id is None:
-        raise ValueError("the tokenizer has no separator token (<|endoftext|>, </s> or [SEP])")
-    parts: list[int] = []
-    for document in documents:
-        parts.append(tokenizer.eos_id)
-        parts.extend(tokenizer.encode(document.text))
-    return np.asarray(parts, dtype=np.int32)

@@ -1,16 +1,19 @@
 """The esokern command through main([...]): what it prints, exit status, and errors without tracebacks."""
 
 import io
+import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import esokern
-from esokern import cli, demo, text
+from esokern import cli, demo, evaluate, text
 from esokern.models import Network, NetworkConfig, pretrained
-from esokern.models.checkpoint import save_checkpoint
+from esokern.models.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,142 @@ def test_mistakes_get_a_line_not_a_traceback(model, capsys, arguments, message):
     assert len(out.err.splitlines()) == 1
     with pytest.raises((ValueError, TypeError, OSError)):
         cli.main(["generate", "--checkpoint", model, *arguments, "--traceback"])
+
+
+@pytest.fixture
+def prose(tmp_path):
+    """108 tokens and a separator of the fixture's vocabulary at most: two whole rows of 48 and a shorter one."""
+    file = tmp_path / "prose.txt"
+    file.write_text("def f(x):\n    return y\n" * 11 + "déjà vu", encoding="utf-8")
+    return str(file)
+
+
+def evaluated(capsys, *arguments):
+    assert cli.main(["evaluate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["esolm", "--alpha0", "0.5"], ["mdlm"], ["bd3lm", "--block-size", "5"], ["ar"]])
+def test_evaluate(model, prose, capsys, arguments):
+    command = ["--checkpoint", model, "--text", prose, "--orders", "3", "--draws", "2", "--model", *arguments]
+    found = evaluated(capsys, *command)
+    tokens = text.Tokenizer.from_file(model).encode(Path(prose).read_text(encoding="utf-8"))
+    given = found["rows"] if arguments[0] == "ar" else 0
+    assert found["rows"] == math.ceil((len(tokens) + 1) / 48) >= 2
+    assert found["tokens"] == len(tokens) + 1 - given
+    kinds = [(estimate["kind"], estimate["samples"]) for estimate in found["estimates"]]
+    if arguments[0] == "ar":
+        assert kinds == [("exact", 1)]
+        assert found["bytes"] < len(Path(prose).read_bytes())
+    else:
+        assert kinds == [("nelbo", 2)] + [("importance_weighted", k) for k in (1, 2, 3)]
+        assert found["bytes"] == len(Path(prose).read_bytes())
+    for estimate in found["estimates"]:
+        nats = estimate["nats_per_token"]
+        assert 0 < nats < 20
+        assert estimate["perplexity"] == pytest.approx(math.exp(nats))
+        assert estimate["bits_per_byte"] * found["bytes"] * math.log(2) == pytest.approx(nats * found["tokens"])
+        assert estimate["nats_per_token_se_rows"] > 0
+        assert (estimate["nats_per_token_se_noise"] == 0) == (arguments[0] == "ar")
+    assert evaluated(capsys, *command)["estimates"] == found["estimates"]  # one seed, one result
+    assert cli.main(["evaluate", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"; {prose}")
+    assert "rows of 48 tokens, the last one shorter; " in lines[1]
+    shown = f"{found['estimates'][-1]['nats_per_token']:.4f}"
+    assert lines[-3].split()[1 if arguments[0] == "ar" else 2] == shown
+
+
+def test_evaluate_reads_the_recipe(model, prose, capsys, tmp_path):
+    network, folder = load_checkpoint(model), tmp_path / "trained"
+    recipe = {"objective": "bd3lm", "alpha_0": 0.25, "variant": "A", "block_size": 6}
+    save_checkpoint(network, folder, extra={"recipe": recipe})
+    text.Tokenizer.from_file(model).save(folder / "tokenizer.json")
+    common = ["--checkpoint", str(folder), "--text", prose]
+    found = evaluated(capsys, *common)
+    assert (found["model"], found["block_size"]) == ("bd3lm", 6)
+    assert [e["kind"] for e in found["estimates"]] == ["nelbo"]  # an order takes several passes: not by default
+    assert evaluated(capsys, *common, "--block-size", "1")["estimates"][0]["kind"] == "exact"
+    other = evaluated(capsys, *common, "--model", "esolm", "--orders", "0")
+    assert other["alpha_0"] == 1.0  # what was trained as something else says nothing about it
+    save_checkpoint(network, folder, extra={"recipe": {**recipe, "objective": "esolm"}})
+    found = evaluated(capsys, *common)
+    assert (found["alpha_0"], found["variant"]) == (0.25, "A")
+    assert [e["kind"] for e in found["estimates"]] == ["nelbo"]
+    found = evaluated(capsys, *common, "--variant", "B", "--alpha0", "0")
+    assert [e["kind"] for e in found["estimates"]] == ["exact"]
+
+
+def test_evaluate_rows_and_sources(model, prose, capsys, monkeypatch, tmp_path):
+    common = ["--checkpoint", model, "--model", "esolm", "--orders", "1", "--draws", "1"]
+    whole = evaluated(capsys, *common, "--text", prose, "--rows", "0", "--length", "10")
+    some = evaluated(capsys, *common, "--text", prose, "--rows", "3", "--length", "10")
+    assert whole["rows"] > some["rows"] == 3
+    assert some["tokens"] == 20 + (whole["tokens"] - 1) % 10 + 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO(Path(prose).read_text(encoding="utf-8")))
+    read = evaluated(capsys, *common, "--text", "-", "--rows", "0", "--length", "10")
+    assert read["estimates"] == whole["estimates"]
+    assert whole["estimates"][0]["nats_per_token_se_noise"] is None  # of one draw nobody can tell
+    (tmp_path / "two.md").write_text("return x")
+    folder = evaluated(capsys, *common, "--corpus", str(tmp_path))
+    assert folder["bytes"] == whole["bytes"] + 8
+    one_row = evaluated(capsys, *common, "--text", str(tmp_path / "two.md"))
+    assert one_row["estimates"][0]["nats_per_token_se_rows"] is None
+    corpus = evaluated(capsys, *common, "--rows", "2")
+    assert (corpus["rows"], corpus["text"]) == (2, "held-out files of Python's standard library")
+
+
+def test_evaluate_without_bytes(model, prose, capsys, monkeypatch):
+    """A vocabulary that does not account for every byte gives no bits per byte."""
+    sizes = text.Tokenizer.n_bytes
+    monkeypatch.setattr(text.Tokenizer, "n_bytes", lambda self: sizes(self) // 2)
+    command = ["--checkpoint", model, "--model", "ar", "--text", prose]
+    found = evaluated(capsys, *command)
+    assert found["bytes"] is found["estimates"][0]["bits_per_byte"] is None
+    assert cli.main(["evaluate", *command]) == 0
+    assert "bytes;" not in capsys.readouterr().out
+
+
+def test_evaluate_without_separator(model):
+    tokenizer = text.Tokenizer.from_file(model)
+    documents = [text.Document("", "return x"), text.Document("", "x")]
+    ids = [tokenizer.encode(document.text) for document in documents]
+    assert evaluate._encode(documents, tokenizer)[0] == [0, *ids[0], 0, *ids[1]]
+    tokenizer.eos_id = None
+    stream, sizes = evaluate._encode(documents, tokenizer)
+    assert stream == ids[0] + ids[1]
+    assert sizes[stream].sum() == 9
+    assert evaluate._encode([], tokenizer)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model: {model} does not say what it is; one of esolm, mdlm, bd3lm, ar is needed"),
+        (["--model", "bd3lm"], "block_size: BD3-LM needs one of at least 1, got None"),
+        (["--model", "mdlm", "--alpha0", "1"], "--alpha0: belongs to esolm, the model is mdlm"),
+        (["--model", "ar", "--block-size", "4"], "--block-size: belongs to bd3lm, the model is ar"),
+        (["--model", "esolm", "--alpha0", "2"], "alpha_0: must lie in [0, 1], got 2.0"),
+        (["--model", "esolm", "--variant", "A", "--orders", "2"], "Eso-LM (A) has no likelihood given an order"),
+        (["--model", "esolm", "--draws", "0", "--orders", "0"], "--draws and --orders: both are 0"),
+        (["--model", "esolm", "--draws", "-1"], "draws and num_orders: must be at least 0, got -1 and 16"),
+        (["--model", "esolm", "--length", "49"], "--length: must lie in 1 .. 48, the network's length; got 49"),
+        (["--model", "esolm", "--rows", "-1"], "--rows: must be at least 0, got -1"),
+        (["--model", "esolm", "--text", "/nowhere"], "--text: there is no /nowhere"),
+        (["--model", "esolm", "--corpus", "/nowhere"], "--corpus: there is no /nowhere"),
+        (["--model", "esolm", "--corpus", "{model}"], "--corpus: no .txt, .md or .py file in {model}"),
+        (["--model", "ar", "--text", "/dev/null"], "/dev/null: has one token, which says nothing"),
+        (["--model", "esolm", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["--model", "esolm", "--tokenizer", "/nowhere"], "no tokenizer at /nowhere"),
+    ],
+)
+def test_evaluate_mistakes(model, capsys, arguments, message):
+    arguments = [argument.format(model=model) for argument in arguments]
+    assert cli.main(["evaluate", "--checkpoint", model, *arguments]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("esokern: error: ")
+    assert message.format(model=model) in out.err
+    assert len(out.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["generate", "--sampler", "magic"], ["generate", "--steps", "x"]])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from esokern import text
 
@@ -34,7 +34,9 @@ def test_standard_library_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no usable Python source"):
         text.standard_library(tmp_path)
     with pytest.raises(ValueError, match="no files ending in"):
-        text.folder_of_text(tmp_path)
+        text.text_files(tmp_path)
+    with pytest.raises(ValueError, match="no file or folder"):
+        text.text_files(tmp_path / "missing")
 
 
 def test_encode_decode(tokenizer):
@@ -85,15 +87,50 @@ def test_a_vocabulary_without_a_mask_gets_one():
     foreign = text.Tokenizer(raw)
     assert (foreign.mask_id, foreign.vocab_size, foreign.eos_id) == (3, 4, None)
     assert foreign.decode([0, 3, 1]).replace(" ", "") == "a░b"
-    with pytest.raises(ValueError, match="separator"):
-        text.encode_corpus([], foreign)
 
 
 def test_bytes_are_counted(tokenizer):
-    documents = [text.Document("a", SAMPLE), text.Document("b", "✓ x")]
-    stream = text.encode_corpus(documents, tokenizer)
-    assert (stream == tokenizer.eos_id).sum() == 2
-    assert tokenizer.n_bytes()[stream].sum() == sum(len(d.text.encode()) for d in documents)
+    sample = SAMPLE + "\n✓ x"
+    assert tokenizer.n_bytes()[[tokenizer.eos_id, *tokenizer.encode(sample), tokenizer.mask_id]].sum() == len(
+        sample.encode()
+    )
+
+
+def test_bytes_of_sentencepiece_vocabularies():
+    vocabulary = {"<unk>": 0, "▁": 1, "x": 2, "é": 3, "▁x": 4, "<0xC3>": 5, "<0xA9>": 6}
+    raw = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "x")], unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert text.Tokenizer(raw).n_bytes().tolist() == [5, 1, 1, 2, 2, 1, 1, 0]
+
+
+def test_a_vocabulary_of_bytes():
+    """One token per byte, so of ASCII one per character."""
+    tokenizer = text.byte_tokenizer()
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.mask_id) == (258, 0, 257)
+    every = "".join(map(chr, range(128))) + "é✓🙂"
+    ids = tokenizer.encode(every)
+    assert len(ids) == len(every.encode())
+    assert len(set(ids[:128])) == 128
+    assert tokenizer.decode(ids) == every
+    assert ids == tokenizer._raw.encode(every).ids  # the table agrees with the file that is saved
+    assert tokenizer.decode(tokenizer.encode(text.MASK + text.EOS)) == text.MASK + text.EOS  # text, not special ids
+    assert (tokenizer.n_bytes()[1:257] == 1).all()
+    assert tokenizer.fingerprint() == text.byte_tokenizer().fingerprint()
+
+
+def test_encoding_a_batch(tokenizer):
+    samples = [SAMPLE, "", f"a {text.MASK}", "tabs\t and  spaces"]
+    assert tokenizer.encode_batch(samples) == [tokenizer.encode(sample) for sample in samples]
+    assert tokenizer.encode_batch(samples[:2]) == [tokenizer.encode(sample) for sample in samples[:2]]
+    assert tokenizer.fingerprint() != text.byte_tokenizer().fingerprint()
+
+
+def test_held_out_documents_are_chosen_by_name():
+    names = [f"{i}.txt" for i in range(2000)]
+    assert 0.03 < sum(map(text.is_held_out, names)) / 2000 < 0.07
+    for fraction in (0.1, 0.5):
+        share = sum(text.is_held_out(name, fraction) for name in names) / 2000
+        assert abs(share - fraction) < 0.04
 
 
 def test_vocabulary_sizes_are_checked():
