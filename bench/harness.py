@@ -231,3 +231,9 @@ def _driver() -> str:
 
 
 recorder = Recorder()
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table, numbers right-aligned."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])

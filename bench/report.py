@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from harness import RESULTS, machine_name
+import study_report
+from harness import RESULTS, machine_name, markdown
 
 README = Path(__file__).parent.parent / "README.md"
 COLOURS = {
@@ -38,12 +39,6 @@ def load(machine: str) -> dict[tuple, dict]:
             continue
         newest[row["op"], row["case"], row["dtype"], row["candidate"]] = row
     return newest
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table, numbers right-aligned."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def _time(microseconds: float) -> str:
@@ -146,6 +141,11 @@ def main(machine: str) -> None:
         "fused_linear": op_table(records, "fused_linear", lambda case: case.endswith(("rows 2", "rows 1024"))),
         "generate": generation_table(records, "generate"),
     }
+    study = RESULTS / "study.jsonl"
+    if study.exists():
+        rows = [json.loads(line) for line in study.read_text().splitlines()]
+        tables |= study_report.tables(rows)
+        study_report.plots(rows, RESULTS)
     text = README.read_text()
     for name, table in tables.items():
         text = re.sub(
