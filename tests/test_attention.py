@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from attention_cases import MASKS, dtypes, random_mask
 from esokern import masks
 from esokern.attention import attention
 from esokern.testing import Guarded, assert_close, poison_, same_bits
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def tensors(batch, seqlen_q, seqlen_kv, heads=2, kv_heads=1, head_dim=16, dtype=torch.float32):
@@ -28,27 +26,6 @@ def check(backend, q, k, v, **options):
     assert_close(out, gold[0], plain[0], "out")
     assert_close(lse, gold[1], plain[1], "lse")
     return out, lse
-
-
-def random_mask(batch, seqlen_q, seqlen_kv):
-    """Ranks in any order, windows, and rows that see nothing."""
-    k_rank = torch.stack([torch.randperm(seqlen_kv) for _ in range(batch)]).int()
-    prefix_end = torch.randint(-1, seqlen_kv, (batch, seqlen_q), dtype=torch.int32) // 2
-    window_start = torch.randint(0, seqlen_kv + 1, (batch, seqlen_q), dtype=torch.int32)
-    window_end = window_start + torch.randint(-1, 9, (batch, seqlen_q), dtype=torch.int32)
-    return masks.RankMask(k_rank, prefix_end, window_start, window_end)
-
-
-MASKS = {
-    "none": lambda b, q, k: None,
-    "causal": lambda b, q, k: masks.causal(q, k),
-    "padding": lambda b, q, k: masks.bidirectional(q, k, kv_lengths=torch.randint(0, k + 1, (b,))),
-    "any_order": lambda b, q, k: masks.any_order(
-        torch.randint(0, k, (b, q)), torch.stack([torch.randperm(k) for _ in range(b)])
-    ),
-    "window": lambda b, q, k: masks.sliding_window(q, k, window_size=(5, 2), num_prefix=2),
-    "random": random_mask,
-}
 
 
 @dtypes

@@ -25,32 +25,6 @@ def learning_rate(config: TrainConfig, step: int, seconds: float) -> float:
     return warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def _optimizers(network: Network, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' large matrices and AdamW for the rest."""
-    names = ("attn_qkv.weight", "attn_out.weight", "mlp.0.weight", "mlp.2.weight")
-    large = [
-        p for n, p in network.named_parameters() if config.optimizer == "muon" and n.endswith(names) and "blocks" in n
-    ]
-    chosen = {id(p) for p in large}
-    rest = [p for p in network.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
-    if large:
-        # "match_rms_adamw": an update is as large as AdamW's, so the two learning rates are of one kind.
-        muon = torch.optim.Muon(
-            large, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
-    return optimizers
-
-
 class Ema:
     """Exponential moving average of a module's parameters, in parameter order."""
 
