@@ -203,6 +203,25 @@ def test_training_mask_forms_agree():
         torch.testing.assert_close(network(tokens, positions.expand(3, 24), mask), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float32), (12, torch.float32), (16, torch.float64)])
+def test_gradients_by_rank_are_those_by_dense_mask(head_dim, dtype):
+    """The compiled attention, and what stands in for it where it does not serve, against torch's on a bool mask."""
+    torch.manual_seed(0)
+    network = Network(NetworkConfig(40, 2 * head_dim, n_blocks=2, n_heads=2, length=24, cond_dim=4)).to(dtype)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    rank = torch.stack([torch.randperm(12) for _ in range(3)])
+    mask = masks.esolm_sequential(rank)
+    tokens, positions = torch.randint(40, (3, 24)), torch.arange(12).repeat(2)
+    gradients = []
+    for form in (mask, mask.dense()):
+        network.zero_grad()
+        network(tokens, positions, form).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for ours, by_torch in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, by_torch, rtol=1e-4, atol=1e-4 * float(by_torch.abs().max()))
+
+
 def test_bad_input_names_the_argument():
     with pytest.raises(ValueError, match="hidden_size 48 is not a multiple of n_heads 5"):
         NetworkConfig(53, 48, 2, 5, 24)
