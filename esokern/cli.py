@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -241,9 +242,13 @@ SAMPLERS: dict[str, Callable[..., GenerationResult]] = {
 
 def _generate(options: argparse.Namespace) -> int:
     """One process, or those that torchrun started, each with its share of --batch; the first one prints."""
-    on_gpu = (options.device or options.backend or "cpu").startswith("cuda")
-    with distributed.process_group("cuda" if on_gpu else "cpu"):
+    with _processes(options):
         return _generate_rows(options)
+
+
+def _processes(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    on_gpu = (options.device or options.backend or "cpu").startswith("cuda")
+    return distributed.process_group("cuda" if on_gpu else "cpu")
 
 
 def _generate_rows(options: argparse.Namespace) -> int:
@@ -319,7 +324,9 @@ def _starting_tokens(options: argparse.Namespace, network: FoldedNetwork, tokeni
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    return evaluate.run(options, *_load(options))
+    """One process, or those that torchrun started, each with its share of the rows."""
+    with _processes(options):
+        return evaluate.run(options, *_load(options))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
+from tqdm import tqdm
 
 from esokern.generate import GenerationResult, StepInfo, row_seeds, starting_tokens
 from esokern.models.network import FoldedNetwork, Network
@@ -86,6 +87,20 @@ def total(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def dealt(count: int, compute: Callable[[int], Any], *, progress: bool = False) -> list[Any]:
+    """[compute(0), .., compute(count - 1)], dealt out to the processes, which all get the whole list.
+
+    Results must not hold tensors of a GPU. progress: the first process shows a bar.
+    """
+    own = range(rank(), count, size())
+    found = [(index, compute(index)) for index in tqdm(own, leave=False, disable=not progress or rank() > 0)]
+    if size() > 1:
+        shares: list[list[tuple[int, Any]]] = [[] for _ in range(size())]
+        dist.all_gather_object(shares, found)
+        found = sorted((pair for pairs in shares for pair in pairs), key=lambda pair: pair[0])
+    return [result for _, result in found]
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esokern import text
+from esokern import distributed, text
 from esokern.models import FoldedNetwork, pretrained
 from esokern.models.checkpoint import read_config
 from esokern.perplexity import MODELS, Model, estimates, figures, split_rows
@@ -82,6 +82,8 @@ def run(options: argparse.Namespace, network: FoldedNetwork, tokenizer: Tokenize
         progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - begin
+    if distributed.rank() > 0:  # the first process prints
+        return 0
 
     num_tokens = torch.tensor([model.num_predicted(group) for group in rows for _ in group])
     num_bytes = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,16 @@ NOISE_EPS = 1e-3  # log-linear schedule: alpha_1 = NOISE_EPS * alpha_0, not 0
 VARIANTS = ("A", "B", "mixed")
 IGNORE_INDEX = -100  # the target of a token that is not predicted
 AnyNetwork = Network | FoldedNetwork
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed for a random generator out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose stream is a function of these numbers."""
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
 def log_linear(t: Tensor, alpha_0: float | Tensor, eps: float = NOISE_EPS) -> tuple[Tensor, Tensor]:

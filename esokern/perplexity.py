@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esokern import likelihood, nelbo, objectives
+from esokern import distributed, likelihood, nelbo, objectives
 from esokern.objectives import AnyNetwork
 
 MODELS = (*likelihood.MODELS, "ar")
+CHUNK = 16  # rows that share their noise and stay with one process
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def estimates(
 
     rows: groups of int64 [n, length], each of its own length, on the network's device.
     draws: of the NELBO, 0 = leave it out. num_orders: K, 0 = leave the bound out.
-    max_tokens: to forward at once. The result is a function of seed, rows, draws and K. ValueError for what is not had.
+    max_tokens: to forward at once. progress: show a bar.
+
+    Of several processes (esokern.distributed) each takes a share of the rows, and all get the result, which is a
+    function of seed, rows, draws and K alone. ValueError for what is not had.
     """
     if draws < 0 or num_orders < 0:
         raise ValueError(f"draws and num_orders: must be at least 0, got {draws} and {num_orders}")
@@ -132,11 +136,13 @@ def estimates(
         raise ValueError("num_orders: Eso-LM (A) has no likelihood given an order; 0 leaves it out")
     if any(model.num_predicted(group) == 0 for group in rows):
         raise ValueError("rows: an autoregressive model predicts nothing in a row of one token")
-    generator = torch.Generator().manual_seed(seed)
-    options = {"max_tokens": max_tokens, "progress": progress}
-    parts = [
-        list(_estimates(network, group, model, draws, num_orders, generator, options)) for group in rows if len(group)
-    ]
+    chunks = [chunk for group in rows if len(group) for chunk in group.split(CHUNK)]
+
+    def estimate(index: int) -> list[Estimate]:
+        generator = objectives.seeded(seed, index)
+        return list(_estimates(network, chunks[index], model, draws, num_orders, generator, max_tokens))
+
+    parts = distributed.dealt(len(chunks), estimate, progress=progress)
     return [
         Estimate(
             kinds[0].kind, kinds[0].samples, *(torch.cat([getattr(e, n) for e in kinds]) for n in ("nll", "noise"))
@@ -152,14 +158,14 @@ def _estimates(
     draws: int,
     num_orders: int,
     generator: torch.Generator,
-    options: dict[str, Any],
+    max_tokens: int,
 ) -> Iterator[Estimate]:
     if model.exact:
-        nll = _exact_nll(network, x, model, options["max_tokens"]).double().cpu()
+        nll = _exact_nll(network, x, model, max_tokens).double().cpu()
         yield Estimate("exact", 1, nll, torch.zeros_like(nll))
         return
     if draws:
-        nll = _nelbo(model)(network, x, generator=generator, draws=draws, **options).double().cpu()
+        nll = _nelbo(model)(network, x, generator=generator, draws=draws, max_tokens=max_tokens).double().cpu()
         noise = nll.std(1) / math.sqrt(draws) if draws > 1 else torch.full_like(nll[:, 0], math.nan)
         yield Estimate("nelbo", draws, nll.mean(1), noise)
     if num_orders:
@@ -171,7 +177,7 @@ def _estimates(
             alpha_0=model.alpha_0 if model.name == "esolm" else 1.0,
             block_size=model.block_size if model.name == "bd3lm" else None,
             generator=generator,
-            **options,
+            max_tokens=max_tokens,
         )
         for k in sorted({*(1 << i for i in range(num_orders.bit_length())), num_orders}):
             yield Estimate("importance_weighted", k, result.nll(k).cpu(), result.standard_error(k).cpu())

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes: training, generation, and draws from a head split over the vocabulary.
+"""Several processes compute what one computes: training, generation, evaluation, draws from a head split over ids.
 
 This file is also what those processes run (at its end): started as `torchrun` starts them, they write their results
 into a folder, and the tests compare these with what one process does.
@@ -42,6 +42,10 @@ HEAD = {
     "greedy": {"alpha_0": 0.5, "num_steps": 6, "temperature": 0.0},
 }
 COMMAND = ["generate", "--prompt", "ab", "--batch", "5", "--length", "20"]
+EVALUATE = [
+    "evaluate", "--text", __file__, "--model", "esolm", "--alpha0", "0.5", "--orders", "2", "--draws", "1",
+    "--rows", "57", "--json",
+]  # fmt: skip
 # name -> what differs from the plain recipe of one process
 RUNS = {
     "ddp": {},
@@ -219,6 +223,19 @@ def test_the_command_line_under_torchrun(generated, capsys, split):
     assert printed == [capsys.readouterr().out, "", "", ""]
 
 
+def test_evaluation_under_torchrun(generated, capsys):
+    """Rows are dealt out to the processes; the first one prints what one process would."""
+    assert cli.main([*EVALUATE, "--checkpoint", str(generated / "model")]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    first, *others = [(generated / f"evaluated-{rank}.txt").read_text() for rank in range(4)]
+    assert others == ["", "", ""]
+    together = json.loads(first)
+    assert alone["rows"] == 57
+    for found in (alone, together):
+        del found["seconds"], found["checkpoint"]
+    assert together == alone
+
+
 # --- what the processes run -----------------------------------------------------------------------------------------
 
 
@@ -296,6 +313,10 @@ def run_generation(folder: Path) -> None:
             with contextlib.redirect_stdout(printed):
                 assert cli.main([*COMMAND, "--checkpoint", str(folder / "model"), "--split", split]) == 0
             (folder / f"printed-{split}-{rank}.txt").write_text(printed.getvalue())
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert cli.main([*EVALUATE, "--checkpoint", str(folder / "model")]) == 0
+        (folder / f"evaluated-{rank}.txt").write_text(printed.getvalue())
 
 
 def main(function: str, folder: str, processes: str) -> int:

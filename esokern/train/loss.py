@@ -80,7 +80,7 @@ def evaluate(
     for first in range(0, len(chunks), distributed.size()):
         index = first + distributed.rank()
         draw, chunk = chunks[min(index, len(chunks) - 1)]
-        generator = torch.Generator().manual_seed(mixed_seed(seed, draw, index))
+        generator = objectives.seeded(seed, draw, index)
         with autocast(config):
             value = call(_bound, chunk.to(device), config, generator)
         if index < len(chunks):
@@ -96,8 +96,3 @@ def autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
     if config.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(config.device).type, torch.bfloat16)
-
-
-def mixed_seed(*seeds: int) -> int:
-    """One seed for a random generator out of several numbers."""
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 2)

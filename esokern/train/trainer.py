@@ -28,14 +28,14 @@ from torch import nn
 from tqdm import tqdm
 
 from esokern import backend as backends
-from esokern import distributed
+from esokern import distributed, objectives
 from esokern.data import Rows, held_out_rows, streams
 from esokern.models.checkpoint import load_checkpoint, write_atomically
 from esokern.models.network import Network, NetworkConfig
 from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
 from esokern.text import Tokenizer, byte_tokenizer, train_tokenizer
 from esokern.train.config import DEFAULT_LENGTH, TrainConfig, differences
-from esokern.train.loss import autocast, evaluate, loss, mixed_seed
+from esokern.train.loss import autocast, evaluate, loss
 from esokern.train.optim import Ema, learning_rate, optimizers
 
 CHECKPOINT = "checkpoint.pt"
@@ -125,7 +125,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = scale * group["full_lr"]
         x = self.rows.batch(self.step, config.batch_size).to(self.device)
-        processes, seed = distributed.size(), mixed_seed(config.seed, self.step)
+        processes, seed = distributed.size(), objectives.mixed_seed(config.seed, self.step)
         parts = processes * config.accumulate
         logged: dict[str, float] = {}
         for part in range(distributed.rank(), parts, processes):
