@@ -135,6 +135,8 @@ def main(machine: str) -> None:
             records, "attention_with_kvcache", lambda case: "B4" in case and "KV2048" in case
         ),
         "attention": op_table(records, "attention", lambda case: "S1024" in case),
+        "attention_backward": op_table(records, "attention_backward", lambda case: "S1024" in case),
+        "masked_cross_entropy": op_table(records, "masked_cross_entropy", lambda case: "V66" not in case),
         "unmask_sample": op_table(
             records, "unmask_sample", lambda case: case.startswith(("rows 1 ", "rows 16 ", "rows 256 "))
         ),

@@ -271,8 +271,9 @@ def main() -> None:
     scorer = by_model["scorer"].network()
     real, tokenizer, _ = text_of(by_model["scorer"])
     results.once(lambda: quality(real, scorer, tokenizer), stage="samples", model="held-out text")
+    first = real[:, :1].repeat(NUM_SAMPLES // len(real), 1)
     for model, sampler, chosen in tqdm(list(settings()), desc="samples", unit="setting"):
-        compute = functools.partial(sample, by_model[model], sampler, chosen, scorer, real[:NUM_SAMPLES, :1])
+        compute = functools.partial(sample, by_model[model], sampler, chosen, scorer, first)
         results.once(compute, stage="samples", model=model, **chosen)
 
     if options.record:

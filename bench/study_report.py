@@ -80,8 +80,8 @@ def plot_likelihood(records: list[dict], path: Path) -> None:
                 axes.axhline(rows[name][0]["perplexity"], color=COLOURS[name], lw=1.2, label=name)
         axes.set(xlabel="alpha_0, share of tokens that diffusion decodes", ylabel="perplexity per token", title=corpus)
         axes.grid(alpha=0.3)
-    panels[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
