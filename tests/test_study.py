@@ -6,13 +6,13 @@ import json
 import random
 
 import pytest
+import torch
+
 import study
 import study_report
-import torch
+from esokern import train
 from harness import RESULTS
 from report import README
-
-from esokern import train
 
 ROWS = [json.loads(line) for line in (RESULTS / "study.jsonl").read_text().splitlines()]
 
@@ -25,7 +25,11 @@ def trained(tmp_path_factory):
     (folder / "text.txt").write_text("".join(letters))
     found = []
     for model in ("AR", "Eso-LM (B) 0.5"):
-        recipe = study.RECIPE | study.MODELS[model] | {"hidden_size": 48, "n_blocks": 1, "length": 16, "steps": 3}
+        recipe = (
+            study.RECIPE
+            | study.MODELS[model]
+            | {"hidden_size": 48, "n_blocks": 1, "length": 16, "steps": 3, "log_every": 1}
+        )
         config = train.TrainConfig(
             corpus=str(folder / "text.txt"), tokenizer="bytes", out=str(folder / model), progress=False, **recipe
         )

@@ -238,7 +238,13 @@ print("killed while saving:", killed_while_saving)
 
 def test_sigkill_never_costs_a_checkpoint(config):
     """A process that does nothing but save is killed 25 times; its last finished checkpoint, or the next, is there."""
-    done = subprocess.run([sys.executable, "-c", KILL, *flags(config)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", KILL, *flags(config)]
+    # Away from the checkout, which would stand before the installed package.
+    where = {
+        "cwd": Path(config.out).parent,
+        "env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **where)
     assert done.returncode == 0, done.stderr
 
 
