@@ -291,7 +291,7 @@ def train(config: TrainConfig) -> Trainer:
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=trainer.step, disable=not shown, unit="step", mininterval=1.0)
         )
-        say = bar.write if first else lambda line: None
+        say = bar.write if shown else lambda line: None
         clock = time.monotonic()
         saved_at, in_steps = trainer.seconds, 0.0
         since_log: list[dict[str, float]] = []
