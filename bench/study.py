@@ -1,6 +1,6 @@
 """The paper's claims in small: eleven models on two corpora, one recipe and one budget, in one resumable command.
 
-    python bench/study.py --shakespeare tinyshakespeare.txt        # under two hours on two cores
+    python bench/study.py --shakespeare tinyshakespeare.txt
 
 Stages, each skipped where its results are already in --out:
     train        AR, Eso-LM (B) at five alpha_0, Eso-LM (A) at two, MDLM, BD3-LM at two block sizes; and a stronger AR
