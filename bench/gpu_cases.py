@@ -129,6 +129,73 @@ def _unmask_sample(setting: Setting, rows: int, hidden_size: int, vocab: int, to
     return case
 
 
+# --- unmask_select: which draws to keep. All runs start from the same masked text, a copy that each of them makes.
+
+
+def unmask_select(setting: Setting) -> Iterator[Callable[[], Case]]:
+    shapes = [(2, 7)] if setting.small else [(1, 32), (64, 32), (1, 1024), (64, 1024)]
+    for batch, width in shapes:
+        for rule in ("top-m", "threshold", "entropy bound"):
+            yield functools.partial(_unmask_select, setting, batch, width, rule)
+
+
+def _unmask_select(setting: Setting, batch: int, width: int, rule: str) -> Case:
+    mask_id, bound = 1000, 0.5
+
+    def per_row(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((batch,), value, dtype=dtype, device=setting.device)
+
+    count = max(width // 16, 1) if rule == "top-m" else 1
+    num_select, threshold = per_row(count, torch.int32), per_row(0.9, torch.float32)
+    options = {"num_select": num_select}
+    if rule == "threshold":
+        options["threshold"] = threshold
+    elif rule == "entropy bound":
+        options["entropy_bound"] = per_row(bound, torch.float32)
+
+    def make() -> SimpleNamespace:
+        shape = (batch, width)
+        confidence = torch.rand(shape, device=setting.device)
+        return SimpleNamespace(
+            masked=torch.full(shape, mask_id, device=setting.device),
+            proposed=torch.randint(mask_id, shape, device=setting.device),
+            confidence=confidence,
+            entropy=-confidence.log(),
+        )
+
+    def ours(s: SimpleNamespace) -> torch.Tensor:
+        tokens = s.masked.clone()
+        entropy = s.entropy if rule == "entropy bound" else None
+        esokern.unmask_select(tokens, s.proposed, s.confidence, mask_id=mask_id, entropy=entropy, **options)
+        return tokens
+
+    def sort_and_scatter(s: SimpleNamespace) -> torch.Tensor:
+        tokens = s.masked.clone()
+        masked = tokens == mask_id
+        key, order = s.confidence.masked_fill(~masked, -torch.inf).sort(descending=True, stable=True)
+        chosen = torch.arange(width, device=setting.device) < num_select[:, None]
+        if rule == "threshold":
+            chosen |= key >= threshold[:, None]
+        elif rule == "entropy bound":
+            entropy = s.entropy.gather(1, order).double()
+            chosen |= (entropy.cumsum(1) - entropy.cummax(1).values <= bound).cumprod(1).bool()
+        return torch.where(torch.zeros_like(masked).scatter_(1, order, chosen) & masked, s.proposed, tokens)
+
+    def topk_per_row(s: SimpleNamespace) -> torch.Tensor:
+        tokens = s.masked.clone()
+        key = s.confidence.masked_fill(tokens != mask_id, -torch.inf)
+        for row in range(batch):
+            chosen = key[row].topk(count).indices
+            tokens[row, chosen] = s.proposed[row, chosen]
+        return tokens
+
+    candidates = {"esokern": ours, "sort + scatter": sort_and_scatter}
+    if rule == "top-m":
+        candidates["top-k per row"] = topk_per_row
+    cost = Cost(bytes=batch * width * (3 * 8 + 4))
+    return Case("unmask_select", f"rows {batch} width {width} {rule}", torch.float32, cost, make, candidates)
+
+
 # --- masked_cross_entropy: LM head and loss, alone as in evaluation, and with its gradients as in training.
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight and targets: the sum

@@ -110,6 +110,45 @@ struct UnmaskSampleArgs {
   int64_t statistics = 0;
 };
 
+// Which of the drawn tokens a denoising step keeps. Column c < window_length[b] of row b stands for position
+// window_start[b] + c of its text. A row that is done, and everything outside of the windows, is left alone.
+//   edited:     editable, not mask_id, proposed != token and != mask_id, confidence >= edit_threshold
+//   taken back: editable, not mask_id, not edited, confidence < remask_threshold: mask_id again, unless chosen below
+//   candidates: masks and what is taken back, where proposed != mask_id; NaN confidence counts as -inf
+//   key:        confidence, or with temperature T > 0: confidence / T + noise, and the noise alone for T = inf;
+//               noise = gumbel of words 0 and 1 of philox(0, position, step, stream 2), keyed by seed
+//   chosen:     the first n candidates by falling key (equal keys: lower positions first), n the largest of
+//     num_select; 1 + how many are taken back, if any are; how many have key >= threshold;
+//     factor:        the candidates before the first i >= 1 with confidence_i < 1 - factor / (i + 2); all if only the
+//                    last would be missing
+//     entropy_bound: the candidates before the first i with sum_{j <= i} entropy_j - max_{j <= i} entropy_j > bound
+//                    (the sum in float64, in the order of the keys; a NaN stops it)
+// An option that is not given, or NaN in a row's place, chooses nothing.
+struct UnmaskSelectArgs {
+  Tensor tokens;          // i64 [batch, length], contiguous; chosen and edited positions get their proposal
+  Tensor transfer_index;  // u8 [batch, width]: 1 = chosen or edited; optional, every element written
+  Tensor
+      num_masked;  // i32 [batch]: masks left in the window; -1 for a window outside of the text (CUDA only)
+  Tensor num_transferred;   // i32 [batch]: chosen and edited
+  Tensor done;              // u8 [batch]: set where no mask is left and nothing was edited; optional
+  Tensor proposed;          // i64 [batch, width]
+  Tensor confidence;        // f32 [batch, width]
+  Tensor entropy;           // f32 [batch, width], >= 0; with entropy_bound
+  Tensor window_start;      // i64 [batch]
+  Tensor window_length;     // i64 [batch], <= width; optional: width
+  Tensor num_select;        // i32 [batch]; optional, like all that follow
+  Tensor threshold;         // f32 [batch]
+  Tensor factor;            // f32 [batch]
+  Tensor entropy_bound;     // f32 [batch]
+  Tensor temperature;       // f32 [batch], of the choice, with seed and step
+  Tensor seed;              // i64 [batch]
+  Tensor step;              // i64 [batch]
+  Tensor editable;          // u8 [batch, length]; not given = every position
+  Tensor edit_threshold;    // f32 [batch]
+  Tensor remask_threshold;  // f32 [batch]
+  int64_t mask_id = 0;
+};
+
 enum class Activation : int32_t { none = 0, gelu_tanh = 1 };
 
 // out = residual + activation(normalize(x) weight^T + bias), normalize(x) = (x - mean) / sqrt(var + eps)
@@ -168,6 +207,7 @@ struct MaskedCrossEntropyBackwardArgs {
   X(attention_backward, AttentionBackwardArgs)                     \
   X(attention_with_kvcache, AttentionWithKvcacheArgs)              \
   X(unmask_sample, UnmaskSampleArgs)                               \
+  X(unmask_select, UnmaskSelectArgs)                               \
   X(masked_cross_entropy, MaskedCrossEntropyArgs)                  \
   X(masked_cross_entropy_backward, MaskedCrossEntropyBackwardArgs) \
   X(fused_linear, FusedLinearArgs)                                 \

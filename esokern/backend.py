@@ -51,6 +51,13 @@ _SCHEMAS = {
         "Tensor positions, Tensor step, int mask_id, int vocab_start, float logit_softcap, int filter_order, "
         "int statistics) -> ()"
     ),
+    "unmask_select": (
+        "(Tensor(a!) tokens, Tensor(b!)? transfer_index, Tensor(c!) num_masked, Tensor(d!) num_transferred, "
+        "Tensor(e!)? done, Tensor proposed, Tensor confidence, Tensor? entropy, Tensor window_start, "
+        "Tensor? window_length, Tensor? num_select, Tensor? threshold, Tensor? factor, Tensor? entropy_bound, "
+        "Tensor? temperature, Tensor? seed, Tensor? step, Tensor? editable, Tensor? edit_threshold, "
+        "Tensor? remask_threshold, int mask_id) -> ()"
+    ),
     "masked_cross_entropy": (
         "(Tensor(a!) lse, Tensor(b!) target_logit, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
         "int mask_id, float logit_softcap) -> ()"

@@ -67,6 +67,15 @@ def gumbel(
     return _gumbel_from_words(x, y).flatten(1)[:, first : first + vocab]
 
 
+def selection_gumbel(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The standard Gumbel noise of a position that `unmask_select` may choose. int64 tensors of shapes that
+    broadcast -> float32. Words 0 and 1 of the Philox block (0, position, step, 2) are what x and y are to `gumbel`."""
+    zero = torch.zeros_like(position)
+    counter = torch.stack(torch.broadcast_tensors(zero, position & _WORD, step & _WORD, zero + 2), -1)
+    words = philox4x32(counter, torch.stack(torch.broadcast_tensors(seed & _WORD, (seed >> 32) & _WORD), -1))
+    return _gumbel_from_words(words[..., 0], words[..., 1])
+
+
 def _gumbel_from_words(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     small = x < 1 << 30  # U < 1/4: log(1 - U) from f = -U; above, from 1 - U, exact in the complement of x
     t = (_to_float(torch.where(small, x, ~x & _WORD)) + 0.5) * 2.0**-32

@@ -11,7 +11,9 @@ import torch
 from esokern import backend as _backend
 from esokern import philox
 from esokern.arrays import accept_arrays
+from esokern.per_row import option, values_visible
 
+_OP = "unmask_sample"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FILTER_ORDERS = {"top_k_first": 0, "joint": 1, "top_p_first": 1}
 _STATISTICS = {"model": 0, "sampling": 1}
@@ -317,16 +319,18 @@ def _sample(
     elif not 0.0 < logit_softcap < float("inf"):
         raise ValueError(f"unmask_sample: logit_softcap: must be finite and > 0, or None, got {logit_softcap}")
 
-    temperature_rows = _option("temperature", temperature, rows, torch.float32, device, 0.0, _MAX_TEMPERATURE)
+    temperature_rows = option(_OP, "temperature", temperature, rows, torch.float32, device, 0.0, _MAX_TEMPERATURE)
     top_k_rows = None
     if top_k is not None and not (isinstance(top_k, int) and (top_k <= 0 or top_k >= vocab)):
-        top_k_rows = _option("top_k", top_k, rows, torch.int32, device, -(2**31), 2**31 - 1)
+        top_k_rows = option(_OP, "top_k", top_k, rows, torch.int32, device)
     top_p_rows = None
     if top_p is not None and not (isinstance(top_p, (int, float)) and top_p == 1):
-        top_p_rows = _option("top_p", top_p, rows, torch.float32, device, 5e-324, 1.0, "in (0, 1]", _MIN_TOP_P)
+        top_p_rows = option(
+            _OP, "top_p", top_p, rows, torch.float32, device, 5e-324, 1.0, supported="in (0, 1]", raise_to=_MIN_TOP_P
+        )
     min_p_rows = None
     if min_p is not None and not (isinstance(min_p, (int, float)) and min_p == 0):
-        min_p_rows = _option("min_p", min_p, rows, torch.float32, device, 0.0, 1.0)
+        min_p_rows = option(_OP, "min_p", min_p, rows, torch.float32, device, 0.0, 1.0)
     if (vocab_start != 0 or (vocab_size is not None and vocab_size != vocab)) and not (
         top_k_rows is None and top_p_rows is None and min_p_rows is None
     ):
@@ -335,14 +339,14 @@ def _sample(
             f"{vocab_start} .. {vocab_start + vocab - 1} only. Draw without filters and use merge_vocab_shards, or "
             "gather the logits and use unmask_sample_from_logits"
         )
-    seed_rows = _option("seed", seed, rows, torch.int64, device, -(2**63), 2**64 - 1)
-    step_rows = _option("step", step, rows, torch.int64, device, 0, 2**32 - 1)
+    seed_rows = option(_OP, "seed", seed, rows, torch.int64, device)
+    step_rows = option(_OP, "step", step, rows, torch.int64, device, 0, 2**32 - 1, only_numbers=True)
     if positions is not None:
         if not isinstance(positions, torch.Tensor):
             raise TypeError(
                 f"unmask_sample: positions: must be an int64 or int32 tensor [rows], got {type(positions).__name__}"
             )
-        positions = _option("positions", positions, rows, torch.int64, device, -(2**63), 2**63 - 1)
+        positions = option(_OP, "positions", positions, rows, torch.int64, device)
     elif isinstance(temperature, torch.Tensor) or temperature > 0:
         if not _all_zero(temperature_rows):
             raise ValueError(
@@ -405,84 +409,8 @@ def _sample(
     return result
 
 
-def _option(
-    name: str,
-    value: float | torch.Tensor,
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    low: float,
-    high: float,
-    supported: str | None = None,
-    raise_to: float | None = None,
-) -> torch.Tensor:
-    """A per-row option as a contiguous [rows] tensor, its values checked to lie in [low, high] where that is free.
-
-    Smaller values than `raise_to` become it.
-    """
-    if not isinstance(value, torch.Tensor):
-        if dtype == torch.float32:
-            number = float(value)
-        else:
-            try:
-                number = operator.index(value)
-            except TypeError:
-                raise TypeError(
-                    f"unmask_sample: {name}: must be an int or an integer tensor [rows], got {type(value).__name__}"
-                ) from None
-        if not low <= number <= high:
-            raise ValueError(f"unmask_sample: {name}: must be {supported or f'in [{low}, {high}]'}, got {value}")
-        if number >= 2**63:
-            number -= 2**64  # a seed: the same 64 bits
-        return _constant(number if raise_to is None else max(number, raise_to), rows, dtype, device)
-    if value.dtype != dtype and (
-        value.dtype.is_floating_point != dtype.is_floating_point or value.dtype in (torch.bool, torch.uint8)
-    ):
-        kind = "floating-point" if dtype.is_floating_point else "int64 or int32"
-        raise TypeError(f"unmask_sample: {name}: must be {kind}, got {value.dtype}")
-    if value.shape != (rows,) and value.dim() != 0:
-        raise ValueError(f"unmask_sample: {name}: must be a number or [{rows}], got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"unmask_sample: {name}: must be on {device} like the other tensors, got {value.device}")
-    if rows > 0 and name not in ("seed", "positions", "step") and _values_visible(value):
-        least, greatest = (bound.item() for bound in value.aminmax())
-        if not (low <= least and greatest <= high):
-            got = least if not low <= least else greatest
-            raise ValueError(f"unmask_sample: {name}: must be {supported or f'in [{low}, {high}]'}, got {got}")
-    if raise_to is not None:
-        value = value.clamp(min=raise_to)
-    if value.dtype == dtype and value.dim() == 1 and value.is_contiguous():
-        return value
-    return value.to(dtype).expand(rows).contiguous()
-
-
-_constants: dict[tuple, torch.Tensor] = {}
-
-
-def _constant(number: float, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[rows] of one number. Kernels only read it, so the same tensor serves every call: a step's options repeat, and to
-    fill a tensor costs more than all checks of the call."""
-    if rows > 1024 or torch.compiler.is_compiling():
-        return torch.full((rows,), number, dtype=dtype, device=device)
-    key = (number, rows, dtype, device)
-    tensor = _constants.get(key)
-    if tensor is None:
-        with torch.inference_mode(False):  # one made in inference mode would not do for a gradient later
-            tensor = torch.full((rows,), number, dtype=dtype, device=device)
-        if type(tensor) is torch.Tensor:  # not a fake one of some tracing mode
-            if len(_constants) >= 1024:
-                _constants.clear()
-            _constants[key] = tensor
-    return tensor
-
-
-def _values_visible(tensor: torch.Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _all_zero(temperature: torch.Tensor) -> bool:
-    return _values_visible(temperature) and not temperature.any()
+    return values_visible(temperature) and not temperature.any()
 
 
 def _reference(

@@ -133,6 +133,38 @@ void unmask_sample(py::handle tokens, py::handle logprob, py::handle prob, py::h
 }
 
 template <class Backend>
+void unmask_select(py::handle tokens, py::handle transfer_index, py::handle num_masked,
+                   py::handle num_transferred, py::handle done, py::handle proposed, py::handle confidence,
+                   py::handle entropy, py::handle window_start, py::handle window_length,
+                   py::handle num_select, py::handle threshold, py::handle factor, py::handle entropy_bound,
+                   py::handle temperature, py::handle seed, py::handle step, py::handle editable,
+                   py::handle edit_threshold, py::handle remask_threshold, int64_t mask_id) {
+  Tensors tensor(Backend::kDeviceType);
+  const UnmaskSelectArgs args{.tokens = tensor(tokens),
+                              .transfer_index = tensor(transfer_index),
+                              .num_masked = tensor(num_masked),
+                              .num_transferred = tensor(num_transferred),
+                              .done = tensor(done),
+                              .proposed = tensor(proposed),
+                              .confidence = tensor(confidence),
+                              .entropy = tensor(entropy),
+                              .window_start = tensor(window_start),
+                              .window_length = tensor(window_length),
+                              .num_select = tensor(num_select),
+                              .threshold = tensor(threshold),
+                              .factor = tensor(factor),
+                              .entropy_bound = tensor(entropy_bound),
+                              .temperature = tensor(temperature),
+                              .seed = tensor(seed),
+                              .step = tensor(step),
+                              .editable = tensor(editable),
+                              .edit_threshold = tensor(edit_threshold),
+                              .remask_threshold = tensor(remask_threshold),
+                              .mask_id = mask_id};
+  Backend::unmask_select(tensor, args);
+}
+
+template <class Backend>
 void masked_cross_entropy(py::handle lse, py::handle target_logit, py::handle hidden, py::handle weight,
                           py::handle bias, py::handle targets, int64_t mask_id, float logit_softcap) {
   Tensors tensor(Backend::kDeviceType);

@@ -14,6 +14,7 @@ from esokern.arrays import accept_arrays
 from esokern.backend import cuda_architectures
 from esokern.fused_linear import fused_linear
 from esokern.unmask_sample import merge_vocab_shards, unmask_sample, unmask_sample_from_logits
+from esokern.unmask_select import unmask_select
 
 
 class Pair(NamedTuple):
@@ -162,6 +163,31 @@ def test_unmask_sample(host_backend):
     assert np.array_equal(merged.tokens, whole.tokens)
     np.testing.assert_allclose(merged.logprob, whole.logprob, rtol=1e-5)
     assert math.isfinite(merged.lse.sum())
+
+
+def test_unmask_select(host_backend):
+    generator = np.random.default_rng(0)
+    tokens, done = np.full((2, 9), 7), np.zeros(2, dtype=bool)
+    proposed, confidence = generator.integers(7, size=(2, 6)), generator.random((2, 6), dtype=np.float32)
+    options = {"mask_id": 7, "window_start": np.array([0, 3]), "num_select": 2, "return_transfer_index": True}
+    text, finished = (torch.from_numpy(array.copy()) for array in (tokens, done))
+    result = unmask_select(tokens, proposed, confidence, **options, done=done, backend=host_backend)
+    assert [type(field) for field in result] == [np.ndarray] * 3
+    options["window_start"] = torch.from_numpy(options["window_start"])
+    inputs = map(torch.from_numpy, (proposed, confidence))
+    expected = unmask_select(text, *inputs, **options, done=finished, backend=host_backend)
+    assert np.array_equal(tokens, text.numpy())
+    assert (tokens != 7).sum() == 4
+    assert np.array_equal(done, finished.numpy())
+    for ours, theirs in zip(result, expected, strict=True):
+        assert np.array_equal(ours, theirs.numpy())
+    for name in ("tokens", "done"):
+        arrays = {"tokens": tokens.copy(), "done": done.copy()}
+        arrays[name].flags.writeable = False
+        with pytest.raises(ValueError, match=f"unmask_select: {name}: is written in place"):
+            unmask_select(
+                proposed=proposed, confidence=confidence, mask_id=7, num_select=1, backend=host_backend, **arrays
+            )
 
 
 class _Stream(NamedTuple):

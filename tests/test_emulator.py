@@ -36,11 +36,13 @@ def test_fragments_are_those_of_cutlass():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-OPS = (
+FILES = (
     "attention",
     "attention_backward",
     "attention_with_kvcache",
     "unmask_sample",
+    "unmask_select",
+    "unmask_select_edges",
     "masked_cross_entropy",
     "fused_linear",
     "add_norm",
@@ -48,7 +50,8 @@ OPS = (
 # Some cases of every kernel: AddressSanitizer makes them five times slower, and a finding ends the process.
 ASAN_CASES = (
     "cuda-asan and (test_against_reference or test_every_mask or test_ragged or test_paged or test_value_errors or "
-    "test_shapes or test_options or test_allowed_set or test_strided or test_carry_over or test_what_sees)"
+    "test_shapes or test_options or test_allowed_set or test_strided or test_carry_over or test_what_sees or "
+    "test_rules or test_hostile_values or test_wide_windows)"
 )
 
 
@@ -57,7 +60,7 @@ def test_kernels_under_address_sanitizer():
     # Not -m pytest, which would put the checkout before the installed package.
     start = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, "-q", "-x", "-p", "no:cacheprovider", "-k", ASAN_CASES]
-    command += [f"tests/test_{op}.py" for op in OPS]
+    command += [f"tests/test_{name}.py" for name in FILES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_asan_environment())
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert re.search(r"\d\d+ passed", done.stdout), done.stdout

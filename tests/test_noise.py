@@ -7,6 +7,7 @@ import torch
 
 from esokern import philox
 from esokern.unmask_sample import unmask_sample, unmask_sample_from_logits
+from esokern.unmask_select import unmask_select
 
 
 def words(*values: int) -> torch.Tensor:
@@ -125,6 +126,37 @@ def test_best_of_a_flat_vocabulary(backend, fused):
         drawn = unmask_sample_from_logits(torch.zeros(1, vocab).expand(rows, -1), **options)
     assert torch.equal(drawn.score, noise.amax(1))
     assert torch.equal(drawn.tokens, noise.argmax(1))
+
+
+def test_selection_gumbel():
+    """The noise of a choice: words 0 and 1 of a stream of its own, by seed, position and step."""
+    seed, position, step = words(3, -5, 2**40 + 1), words(0, 2**31, 2**32 - 1), words(9, 8, 7)
+    counter = torch.stack([torch.zeros_like(position), position, step, torch.full_like(step, 2)], -1)
+    x = philox.philox4x32(counter, torch.stack([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], -1))
+    noise = philox.selection_gumbel(seed, position, step)
+    torch.testing.assert_close(noise.double(), exact_gumbel(x[:, 0], x[:, 1]), rtol=1e-6, atol=1e-6)
+    assert torch.equal(philox.selection_gumbel(seed, position - 2**32, step + 2**32), noise)
+    assert torch.equal(philox.selection_gumbel(seed[:1], position, step[:1])[:1], noise[:1])  # shapes broadcast
+    for other in [(seed + 1, position, step), (seed + 2**32, position, step), (seed, position, step + 1)]:
+        assert (philox.selection_gumbel(*other) != noise).all()
+    assert (philox.gumbel(seed, position, step, 0, 64) != noise[:, None]).all()  # and no token's noise
+
+
+def test_bits_of_a_choice_s_noise(backend):
+    """A threshold of exactly the noise is reached, the next larger float is not; the refined tail included."""
+    position = torch.arange(2**19)
+    noise = philox.selection_gumbel(words(11), position, words(6))
+    tail = (noise > -math.log(2.0**-16) + 1e-3).nonzero()[:, 0]
+    assert 3 <= len(tail) <= 20
+    for chosen in (tail, position[:40]):
+        rows, text = len(chosen), torch.full((len(chosen), int(chosen.max()) + 1), 9)
+        call = {
+            "proposed": torch.ones(rows, 1, dtype=torch.int64), "confidence": torch.zeros(rows, 1), "mask_id": 9,
+            "window_start": chosen, "temperature": math.inf, "seed": 11, "step": 6, "backend": backend,
+        }  # fmt: skip
+        above = torch.nextafter(noise[chosen], torch.tensor(math.inf))
+        assert not unmask_select(text, **call, threshold=above).num_transferred.any()
+        assert unmask_select(text, **call, threshold=noise[chosen]).num_transferred.all()
 
 
 def test_score_is_two_roundings(backend):

@@ -5,6 +5,7 @@ import torch
 
 from esokern.fused_linear import fused_linear
 from esokern.unmask_sample import unmask_sample, unmask_sample_from_logits
+from esokern.unmask_select import unmask_select
 
 
 def test_opcheck_fused_linear():
@@ -32,6 +33,33 @@ def test_opcheck_unmask_sample(from_logits):
     invalid = torch.empty(rows, dtype=torch.bool)
     arguments = (tokens, *statistics, invalid, *inputs, temperature, *filters, *counters, 39, 0, 0.0, 0, 0)
     torch.library.opcheck(torch.ops.esokern.unmask_sample.default, arguments)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck_unmask_select(everything):
+    batch, width, mask_id = 3, 6, 9
+    tokens, proposed = torch.full((batch, width + 2), mask_id), torch.randint(9, (batch, width))
+    counts = [torch.empty(batch, dtype=torch.int32) for _ in range(2)]
+    one, number = torch.ones(batch, dtype=torch.int64), torch.full((batch,), 0.5)
+    if everything:
+        flags, done = torch.empty(batch, width, dtype=torch.bool), torch.tensor([False, False, True])
+        options = (
+            torch.rand(batch, width),
+            one,
+            one * 4,
+            one.int(),
+            *[number] * 4,
+            one,
+            one,
+            tokens == 3,
+            number,
+            number,
+        )
+    else:
+        flags, done = None, None
+        options = (None, one, None, one.int(), *[None] * 9)
+    arguments = (tokens, flags, *counts, done, proposed, torch.rand(batch, width), *options, mask_id)
+    torch.library.opcheck(torch.ops.esokern.unmask_select.default, arguments)
 
 
 def test_opcheck_masked_cross_entropy():
@@ -104,3 +132,27 @@ def test_compiled_unmask_sample(dynamic):
     )
     hidden = torch.randn(3, 16)
     assert torch.equal(greedy(hidden), (hidden @ weight.T).argmax(1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_unmask_select(dynamic):
+    """In place, with values that change from call to call, and rows and columns that do."""
+
+    def step(tokens, proposed, confidence, done, threshold, start, index):
+        result = unmask_select(
+            tokens, proposed, confidence, mask_id=9, window_start=start, num_select=1, threshold=threshold,
+            temperature=0.2, seed=3, step=index, done=done, return_transfer_index=True,
+        )  # fmt: skip
+        return result.num_masked * 1, result.num_transferred, result.transfer_index, tokens + 0
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch, width in ((2, 6), (3, 8)):
+        tokens, done = torch.full((batch, width + 3), 9), torch.zeros(batch, dtype=torch.bool)
+        done[0] = True
+        given = (torch.randint(9, (batch, width)), torch.rand(batch, width))
+        options = (torch.linspace(0, 3, batch), torch.arange(batch), torch.tensor(7))
+        text, finished = tokens.clone(), done.clone()
+        ours = compiled(text, *given, finished, *options)
+        for a, b in zip((*ours, text, finished), (*step(tokens, *given, done, *options), tokens, done), strict=True):
+            assert torch.equal(a, b)
+        assert (text == 9).sum() < text.numel()

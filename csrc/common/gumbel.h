@@ -134,6 +134,14 @@ ESOKERN_HD Gumbel4<N> gumbel4(typename N::Uint id_block, typename N::Uint positi
   return gumbel4<N>(x, id_block, position, step, key0, key1);
 }
 
+// The noise of a position that unmask_select may choose: words 0 and 1 of philox(0, position, step, 2) are x and y.
+template <class N>
+ESOKERN_HD typename N::Float selection_gumbel(typename N::Uint position, typename N::Uint step,
+                                              typename N::Uint key0, typename N::Uint key1) {
+  const PhiloxWords<N> words = philox4x32<N>(N::splat(0u), position, step, N::splat(2u), key0, key1);
+  return gumbel<N, true>(words.word[0], words.word[1]);
+}
+
 // --- what need not be looked at. Noise is below -log U, for U < -log(1 - U).
 
 // An id with a logit of at most `top` can only reach a score of `floor` if its U is below e^word_exponent; rounded

@@ -9,6 +9,7 @@
 //   depend on the order in which threads and blocks add.
 #pragma once
 
+#include "cuda/per_row.cuh"
 #include "cuda/sample_tile.cuh"
 
 namespace esokern::cuda {
@@ -20,16 +21,6 @@ constexpr int kBins = 256;
 constexpr int kCopies = 8;
 constexpr int64_t kPart = 8192;  // columns of a block
 constexpr int64_t kAllTies = INT64_MAX;
-
-template <class T>
-struct PerRow {
-  const T* data;  // null: `otherwise` for all rows
-  int64_t stride;
-  T otherwise;
-  __device__ __forceinline__ T operator[](int64_t row) const {
-    return data == nullptr ? otherwise : data[row * stride];
-  }
-};
 
 struct Filters {
   PerRow<int32_t> top_k;

@@ -13,6 +13,7 @@
 #include "check_rows.h"
 #include "cuda/dispatch.h"
 #include "cuda/keep_prefix.cuh"
+#include "cuda/per_row.cuh"
 #include "cuda/sample_head.cuh"
 #include "cuda/sample_rows.cuh"
 #include "cuda/workspace.h"
@@ -80,11 +81,6 @@ void launch_logits(const SampleProblem& p, const LogitsSource<T>& source, int64_
 }
 
 // --- host
-
-template <class T>
-PerRow<T> per_row(const Tensor& tensor, T otherwise) {
-  return {tensor.ptr<T>(), tensor.given() ? tensor.stride[0] : 0, otherwise};
-}
 
 int64_t stride(const Tensor& tensor) {
   return tensor.given() ? tensor.stride[0] : 0;
