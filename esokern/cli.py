@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from esokern import __version__, demo, distributed, evaluate, train
 from esokern import backend as backends
-from esokern.generate import GenerationResult, StepInfo
 from esokern.models import FoldedNetwork, Network, NetworkConfig, load_model, pretrained
 from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
+from esokern.samplers.run import GenerationResult, StepInfo
 from esokern.text import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

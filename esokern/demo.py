@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from esokern import backend as backends
-from esokern.generate import GenerationResult, StepInfo
 from esokern.models.network import FoldedNetwork
 from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
+from esokern.samplers.run import GenerationResult, StepInfo
 from esokern.samplers.schedule import Schedule, denoising_schedule
 from esokern.text import Tokenizer
 

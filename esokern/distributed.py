@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 
-from esokern.generate import GenerationResult, StepInfo, row_seeds, starting_tokens
 from esokern.models.network import FoldedNetwork, Network
 from esokern.samplers import esolm
+from esokern.samplers.run import GenerationResult, StepInfo, row_seeds, starting_tokens
 from esokern.unmask_sample import UnmaskSample, merge_vocab_shards
 
 # Between two collectives one process may encode a corpus while the others wait.

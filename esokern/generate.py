@@ -1,274 +1,352 @@
-"""What every sampler shares: the tokens it starts from, the drawing of tokens, the result, the step callback."""
+"""One `generate` for networks of this package, transformers models and any function, with any decoder and cache."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from esokern.kv_cache import KVCache
-from esokern.unmask_sample import unmask_sample
+from esokern import decoders
+from esokern.decoders.base import Decoder, check_count
+from esokern.decoders.caches import POLICIES, Delayed, Policy
+from esokern.decoders.loop import Loop
+from esokern.decoders.native import Native
+from esokern.decoders.text import Text
+from esokern.models.denoiser import CallableDenoiser, Denoiser, NetworkDenoiser
+from esokern.models.network import FoldedNetwork, Network
+from esokern.samplers.run import Callback, GenerationResult, StepInfo, row_seeds
 
-if TYPE_CHECKING:
-    from esokern.models.network import FoldedNetwork
-
-Option = float | Sequence[float] | torch.Tensor | None
+Prompt = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor]
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """One step of a sampler, as its callback sees it. Entry i: row rows[i] got tokens[i] at positions[i].
+def generate(
+    model: Any,
+    prompt: Prompt,
+    *,
+    decoder: Decoder | Native | None = None,
+    cache: str | Policy | None = None,
+    max_new_tokens: int | None = None,
+    mask_id: int | None = None,
+    eos_id: int | None = None,
+    suppress_tokens: Sequence[int] = (),
+    seed: int | Sequence[int] | torch.Tensor = 0,
+    return_logprob: bool = False,
+    report_divergence: bool = False,
+    callback: Callback | None = None,
+    progress: bool = False,
+    backend: str | None = None,
+) -> GenerationResult:
+    """Generate text with a masked-diffusion model.
 
-    index: 0, 1, ...   phase: "diffusion", "sequential", or "mixed" where rows of a batch are in different phases.
-    rows, positions, tokens: int64 [num_decoded].
+    Args:
+        model: a network of this package (FoldedNetwork, or Network, which is folded); a transformers model whose
+            attention is pluggable (Llama, Qwen2, ModernBERT, ...), taken as bidirectional; a `Denoiser`; or a function
+            (tokens, positions, cache) -> logits [batch, seqlen, vocab], tokens and positions int64 [batch, seqlen]
+            (`models.CallableDenoiser` makes one with an LM head or a cache of its own).
+        prompt: token ids: [length], [batch, length], or a list of rows of any lengths. mask_id stands where a token is
+            to come, at any places.
+        decoder: how (see esokern.decoders). Default: EsoLM() for a network of this package, LLaDA() for others.
+        cache: None = whatever is exact: the cache of EsoLM, BD3LM and Autoregressive, no cache for bidirectional
+            models. "none" = compute every step anew. "prefix", "dual", "delayed", or decoders.Prefix(), Dual(),
+            Delayed(interval): approximate, for bidirectional models only. "exact": insist on an exact cache.
+        max_new_tokens: masks to append to every row. None = none: the prompt has the masks.
+        mask_id: id of the mask token. Default: the network's own, or the model's config.mask_token_id.
+        eos_id: end of text: rows stop when they have generated it and no mask is left before it; what lies behind it
+            becomes eos_id.
+        suppress_tokens: ids that are never drawn, like mask_id (LLaDA's logits_eos_inf), by decoders of bidirectional
+            models.
+        seed: of row b is seed + b, or seed[b]. A row's tokens depend on its own prompt and seed, not on the batch (as
+            far as the model's own layers do not; rows of EsoLM of one length share how many tokens each step takes,
+            which is drawn from the seed of the first).
+        return_logprob: log-probabilities of the drawn tokens.
+        report_divergence: compare every step over an approximate cache with exact computation, for the result's
+            `divergence`. Doubles the work.
+        callback: called after each step with a StepInfo: which rows got which tokens at which positions.
+        progress: show a bar of tokens.
+        backend: of the kernels: None = compiled, or "reference".
+
+    Returns:
+        GenerationResult. Shorter rows are padded with eos_id, or mask_id without one; `row(i)` cuts that off.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is supported. RuntimeError if the model returned
+        NaN where a token was to be drawn.
+
+    >>> from esokern import decoders
+    >>> from esokern.models import load_model
+    >>> network, tokenizer = load_model()
+    >>> result = generate(network, tokenizer.encode("ROMEO:"), max_new_tokens=16, decoder=decoders.EsoLM(alpha_0=0.5))
     """
-
-    index: int
-    phase: str
-    rows: torch.Tensor
-    positions: torch.Tensor
-    tokens: torch.Tensor
-
-
-Callback = Callable[[StepInfo], None]
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What a sampler returns.
-
-    tokens:           int64 [batch, length]
-    decode_step:      int64 [batch, length], the step in which each token was drawn; -1 = it was given
-    nfe:              forward passes of the network over the batch
-    seconds:          wall time of the whole call, forward_seconds and sampling_seconds of which went to the network and
-                      to the LM head with sampling. On a GPU those two are read from events in its stream: the time from
-                      the first to the last kernel of each pass, with the gaps in which it waited for the host
-    logprob:          float32 [batch, length], log-probability of each drawn token under the model (temperature 1, no
-                      filters); 0 where given. None unless asked for.
-    """
-
-    tokens: torch.Tensor
-    decode_step: torch.Tensor
-    nfe: int
-    seconds: float
-    forward_seconds: float
-    sampling_seconds: float
-    logprob: torch.Tensor | None = None
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens drawn, over the batch."""
-        return int((self.decode_step >= 0).sum())
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens drawn per second of the whole call."""
-        return self.num_generated / max(self.seconds, 1e-9)
-
-
-class Stopwatch:
-    """Adds up the time of its `with` blocks: by the clock, or on a GPU by events in the current stream, so that the
-    host waits for nothing before `seconds` is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin: float | torch.cuda.Event = 0.0
-        self.spans: list[tuple] = []
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def __enter__(self) -> None:
-        self.begin = self._now()
-
-    def __exit__(self, *error: object) -> None:
-        self.spans.append((self.begin, self._now()))
-
-    def seconds(self) -> float:
-        """Seconds of all blocks so far. Waits for the last one to be over."""
-        if self.device.type != "cuda":
-            return sum(end - begin for begin, end in self.spans)
-        if self.spans:
-            self.spans[-1][1].synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self.spans) / 1e3
-
-
-def starting_tokens(
-    network: FoldedNetwork, tokens: torch.Tensor | Sequence | None, length: int | None, batch: int | None
-) -> torch.Tensor:
-    """int64 [batch, length]: given tokens, and mask_id where tokens are to be generated.
-
-    tokens: [prompt_length] or [batch, prompt_length] with mask_id for "generate here", or None; what lies beyond
-    prompt_length is masked. Raises ValueError for ids outside the vocabulary and for lengths beyond the network's.
-    """
-    config, device = network.config, network.device
-    if tokens is None:
-        if length is None:
-            raise ValueError("length: needed when no tokens are given")
-        tokens = torch.empty(1, 0, dtype=torch.int64)
-    given = torch.as_tensor(tokens)
-    if given.numel() == 0:
-        given = given.to(torch.int64)
-    if given.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens: must be int64 or int32, got {given.dtype}")
-    if given.dim() == 1:
-        given = given[None]
-    if given.dim() != 2:
-        raise ValueError(f"tokens: must be [length] or [batch, length], got {tuple(given.shape)}")
-    given = given.to(torch.int64)
-    if batch is not None:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: must be an integer of at least 1, got {batch!r}")
-        if len(given) not in (1, batch):
-            raise ValueError(f"batch: tokens have {len(given)} rows, batch is {batch}")
-        given = given.expand(batch, -1)
-    length = given.shape[1] if length is None else length
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: must be an integer of at least 1, got {length!r}")
-    if length > config.length:
-        raise ValueError(f"length: {length} is beyond the network's length {config.length}")
-    if given.shape[1] > length:
-        raise ValueError(f"tokens: {given.shape[1]} of them do not fit into length {length}")
-    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < config.vocab_size:
+    if isinstance(model, Network):
+        model = model.fold()
+    if decoder is None:
+        decoder = decoders.EsoLM() if isinstance(model, FoldedNetwork) else decoders.LLaDA()
+    if not isinstance(decoder, (Decoder, Native)):
+        raise TypeError(f"decoder: must be one of esokern.decoders, got {type(decoder).__name__}")
+    mask_id = _mask_id(model, mask_id)
+    if eos_id is not None and (
+        isinstance(eos_id, bool) or not isinstance(eos_id, int) or eos_id < 0 or eos_id == mask_id
+    ):
+        raise ValueError(f"eos_id: must be an id of the vocabulary other than mask_id, got {eos_id!r}")
+    tokens, lengths = _texts(prompt, mask_id, max_new_tokens)
+    seeds = row_seeds(seed, len(tokens))
+    if isinstance(model, FoldedNetwork) and tokens.shape[1] > model.config.length:
         raise ValueError(
-            f"tokens: ids must lie in [0, {config.vocab_size}), {config.mask_id} meaning 'generate here'; "
-            f"got ids from {int(given.min())} to {int(given.max())}"
+            f"prompt: {tokens.shape[1]} tokens, new ones included, exceed the network's length, {model.config.length}"
         )
-    full = torch.full((len(given), length), config.mask_id, dtype=torch.int64, device=device)
-    full[:, : given.shape[1]] = given.to(device)
-    return full
+    missing = int((tokens == mask_id).sum()) - int((tokens.shape[1] - lengths).sum())
+    if missing == 0:
+        raise ValueError(f"prompt: has no mask_id {mask_id} to replace; pass max_new_tokens to append some")
+    with tqdm(total=missing, unit="token", disable=not progress) as bar:
+        options = {"return_logprob": return_logprob, "callback": callback, "backend": backend}
+        moved = bar.update if progress else None  # counting a step's tokens would wait for the device
+        if isinstance(decoder, Native):
+            if report_divergence:
+                raise ValueError(f"report_divergence: {type(decoder).__name__} has no approximate cache to report on")
+            if len(suppress_tokens):
+                raise ValueError(f"suppress_tokens: {type(decoder).__name__} cannot, got {list(suppress_tokens)}")
+            result = _run_native(model, decoder, cache, tokens, lengths, mask_id, seeds, moved, options)
+        else:
+            options |= {"eos_id": eos_id, "suppress_tokens": suppress_tokens, "report_divergence": report_divergence}
+            result = _run_loop(model, decoder, cache, tokens, lengths, mask_id, seeds, moved, options)
+    return _trim(result, tokens, lengths, mask_id, eos_id)
 
 
-def row_seeds(seed: int | Sequence[int] | torch.Tensor, batch: int) -> list[int]:
-    """One seed per row: those given, or seed, seed + 1, ... for an integer (modulo 2**63)."""
-    if isinstance(seed, (bool, float)):
-        raise TypeError(f"seed: must be an integer or one integer per row, got {seed!r}")
-    if isinstance(seed, int) or (isinstance(seed, torch.Tensor) and seed.dim() == 0):
-        return [(int(seed) + row) % 2**63 for row in range(batch)]
-    seeds = [int(value) for value in seed]
-    if len(seeds) != batch:
-        raise ValueError(f"seed: one per row is needed, got {len(seeds)} for a batch of {batch}")
-    if any(not 0 <= value < 2**63 for value in seeds):
-        raise ValueError(f"seed: must lie in [0, 2**63), got {seeds}")
-    return seeds
-
-
-class Run:
-    """State of one generation: the clock, the counters, and the drawing of tokens through `unmask_sample`.
-
-    Noise is a function of (seed of the row, position, vocabulary id): a position is drawn once, so the op's step stays
-    0, and the noise does not depend on how the schedule groups the positions.
-    """
-
-    def __init__(
-        self,
-        network: FoldedNetwork,
-        tokens: torch.Tensor,
-        seeds: list[int],
-        options: dict[str, Option],
-        return_logprob: bool,
-        callback: Callback | None,
-        backend: str | None,
-    ) -> None:
-        self.start = time.perf_counter()
-        self.network, self.backend, self.callback = network, backend, callback
-        self.batch, self.length = tokens.shape
-        self.device = tokens.device
-        self.nfe = 0
-        self.forward_time, self.sampling_time = Stopwatch(self.device), Stopwatch(self.device)
-        self.decode_step = torch.full((self.batch, self.length), -1, dtype=torch.int64)
-        self.logprob = torch.zeros(self.batch, self.length, device=self.device) if return_logprob else None
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        options = {name: self._per_row(name, value) for name, value in options.items()}
-        self.per_row = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-        self.constants = {name: value for name, value in options.items() if name not in self.per_row}
-
-    def _per_row(self, name: str, value: Option) -> float | torch.Tensor | None:
-        if value is None or isinstance(value, (int, float)):
-            return value
-        tensor = torch.as_tensor(value)
-        if tensor.shape != (self.batch,):
-            raise ValueError(f"{name}: must be a number or [batch] = [{self.batch}], got shape {tuple(tensor.shape)}")
-        return tensor.to(self.device)
-
-    def on_device(self, values: np.ndarray) -> torch.Tensor:
-        """The values on the run's device. Nothing waits for the copy."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
-
-    def new_cache(self) -> KVCache:
-        """A cache for one generation with the network."""
-        config = self.network.config
-        return KVCache(
-            num_layers=config.n_blocks,
-            batch=self.batch,
-            max_seqlen=self.length,
-            kv_heads=config.n_heads,
-            head_dim=config.head_dim,
-            dtype=self.network.dtype,
-            device=self.device,
+def _run_loop(
+    model: Any,
+    decoder: Decoder,
+    cache: str | Policy | None,
+    tokens: torch.Tensor,
+    lengths: np.ndarray,
+    mask_id: int,
+    seeds: list[int],
+    progress: Callable[[int], object] | None,
+    options: dict[str, Any],
+) -> GenerationResult:
+    """A decoder of bidirectional models."""
+    denoiser = _denoiser(model, options["backend"])
+    policy = _policy(cache, decoder, denoiser.shift)
+    if options["report_divergence"] and policy is None:
+        raise ValueError("report_divergence: without an approximate cache nothing diverges; pass one, or leave it out")
+    if decoder.guidance and denoiser.logit_softcap is not None:
+        raise ValueError("decoder: guidance needs a linear LM head, but this model caps its logits")
+    if not 0 <= mask_id < denoiser.vocab_size:
+        raise ValueError(f"mask_id: must lie in the vocabulary, [0, {denoiser.vocab_size}), got {mask_id}")
+    outside = (tokens < 0) | (tokens >= denoiser.vocab_size)
+    if outside.any():
+        raise ValueError(f"prompt: ids must lie in [0, {denoiser.vocab_size}), got {int(tokens[outside][0])}")
+    if len(options["suppress_tokens"]) and denoiser.logit_softcap is not None:
+        raise ValueError("suppress_tokens: need logits of -inf, but this model caps its logits")
+    if any(not 0 <= token < denoiser.vocab_size for token in options["suppress_tokens"]):
+        raise ValueError(
+            f"suppress_tokens: ids must lie in [0, {denoiser.vocab_size}), got {list(options['suppress_tokens'])}"
         )
+    text = Text(tokens.to(denoiser.device), lengths, mask_id)
+    loop = Loop(denoiser, text, decoder, policy=policy, seeds=seeds, progress=progress, **options)
+    loop.run()
+    return GenerationResult(
+        tokens=text.tokens[:, :-1].clone(),
+        decode_step=loop.decode_step[:, :-1].clone(),
+        nfe=loop.nfe,
+        seconds=time.perf_counter() - loop.start,
+        forward_seconds=loop.forward_time.seconds(),
+        sampling_seconds=loop.sampling_time.seconds(),
+        logprob=None if loop.logprob is None else loop.logprob[:, :-1].clone(),
+        divergence=loop.divergence,
+    )
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, **options: object) -> torch.Tensor:
-        """Hidden states [rows, hidden] of `network.forward`, the batch flattened; counts and times the pass."""
-        with self.forward_time:
-            hidden = self.network.forward(tokens, positions, backend=self.backend, **options)
-        self.nfe += 1
-        return hidden.view(-1, hidden.shape[-1])
 
-    def draw(self, hidden: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """int64 [n]: a token for each of hidden [n, hidden], at positions int64 [n] of batch rows int64 [n]."""
-        network, shard = self.network, self.network.head_shard
-        with self.sampling_time:
-            result = unmask_sample(
-                hidden,
-                network.head_weight,
-                network.head_bias,
-                mask_id=network.config.mask_id,
-                seed=self.seeds.index_select(0, rows),
-                positions=positions,
-                vocab_start=0 if shard is None else shard.start,
-                vocab_size=network.config.vocab_size,
-                return_logprob=self.logprob is not None,
-                return_lse=shard is not None and self.logprob is not None,
-                return_score=shard is not None,
-                backend=self.backend,
-                **self.constants,
-                **{name: values[rows] for name, values in self.per_row.items()},
-            )
-            if shard is not None:
-                result = shard.merge(result)
-            if self.logprob is not None:
-                self.logprob[rows, positions] = result.logprob
-        return result.tokens
-
-    def report(self, index: int, phase: str, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Tell the callback about a step."""
-        if self.callback is not None:
-            self.callback(StepInfo(index, phase, rows, positions, tokens))
-
-    def result(self, tokens: torch.Tensor) -> GenerationResult:
-        """The result; call it outside inference mode, so that its tensors are ordinary ones."""
-        failed = (tokens == self.network.config.mask_id).nonzero()
-        if len(failed):
-            row, position = failed[0].tolist()
-            raise RuntimeError(
-                f"no token could be drawn at {len(failed)} positions, first at row {row}, position {position}: the "
-                "network returned NaN, or infinities. Check the checkpoint and the dtype."
-            )
-        return GenerationResult(
-            tokens=tokens.clone(),
-            decode_step=self.decode_step.to(tokens.device, copy=True),
-            nfe=self.nfe,
-            seconds=time.perf_counter() - self.start,
-            forward_seconds=self.forward_time.seconds(),
-            sampling_seconds=self.sampling_time.seconds(),
-            logprob=None if self.logprob is None else self.logprob.clone(),
+def _run_native(
+    model: Any,
+    decoder: Native,
+    cache: str | Policy | None,
+    tokens: torch.Tensor,
+    lengths: np.ndarray,
+    mask_id: int,
+    seeds: list[int],
+    progress: Callable[[int], object] | None,
+    options: dict[str, Any],
+) -> GenerationResult:
+    """A sampler of this package's own networks, for rows of one length at a time."""
+    if not isinstance(model, FoldedNetwork):
+        raise TypeError(
+            f"decoder: {type(decoder).__name__} needs a network of this package (esokern.models), got "
+            f"{type(model).__name__}; for bidirectional models there are LLaDA, FastDLLM, Dream, EntropyBound, ..."
         )
+    name = type(decoder).__name__
+    if mask_id != model.config.mask_id:
+        raise ValueError(f"mask_id: the network's is {model.config.mask_id}, got {mask_id}")
+    if cache not in (None, "none", "exact"):
+        raise ValueError(
+            f"cache: {name} has an exact cache of its own, got {cache!r}; leave it out"
+            if decoder.exact_cache
+            else f"cache: {name} computes every step anew, got {cache!r}; the decoders LLaDA, FastDLLM, ... take it"
+        )
+    if cache == "exact" and not decoder.exact_cache:
+        raise ValueError(_NO_EXACT_CACHE.format(name))
+    parts: list[tuple[torch.Tensor, GenerationResult]] = []
+    for length in sorted(set(lengths.tolist())):
+        rows = torch.from_numpy(np.flatnonzero(lengths == length))
+        result = decoder.of_rows(rows, len(lengths)).generate(
+            model,
+            tokens[rows, :length].to(model.device),
+            cache != "none",
+            seed=[seeds[row] for row in rows],
+            **options | {"callback": _follow(options["callback"], rows, progress)},
+        )
+        parts.append((rows, result))
+    return _join(parts, tokens)
+
+
+def _follow(callback: Callback | None, rows: torch.Tensor, progress: Callable[[int], object] | None) -> Callback | None:
+    """A callback of a part of the batch: moves the bar, and tells the caller's callback in the batch's own rows."""
+    if callback is None and progress is None:
+        return None
+
+    def follow(step: StepInfo) -> None:
+        if progress is not None:
+            progress(len(step.tokens))
+        if callback is not None:
+            callback(dataclasses.replace(step, rows=rows.to(step.rows.device)[step.rows]))
+
+    return follow
+
+
+def _join(parts: list[tuple[torch.Tensor, GenerationResult]], tokens: torch.Tensor) -> GenerationResult:
+    """The result of a batch from those of its parts, padded as `tokens` [batch, length] are."""
+    first = parts[0][1]
+    if len(parts) == 1:
+        return first
+    device = first.tokens.device
+    whole = dataclasses.replace(
+        first,
+        tokens=tokens.to(device, copy=True),
+        decode_step=torch.full(tokens.shape, -1, dtype=torch.int64, device=device),
+        logprob=None if first.logprob is None else torch.zeros(tokens.shape, device=device),
+        **{name: sum(getattr(part, name) for _, part in parts) for name in ("nfe", "seconds")},
+        **{name: sum(getattr(part, name) for _, part in parts) for name in ("forward_seconds", "sampling_seconds")},
+    )
+    for rows, part in parts:
+        width = part.tokens.shape[1]
+        for name in ("tokens", "decode_step", "logprob"):
+            if getattr(whole, name) is not None:
+                getattr(whole, name)[rows.to(device), :width] = getattr(part, name)
+    return whole
+
+
+def _trim(
+    result: GenerationResult, start: torch.Tensor, lengths: np.ndarray, mask_id: int, eos_id: int | None
+) -> GenerationResult:
+    """Padding behind the rows and behind their generated eos_id, and the check that every token could be drawn."""
+    tokens, decode_step = result.tokens, result.decode_step
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    ends = torch.from_numpy(lengths).to(tokens.device)
+    behind = places >= ends[:, None]
+    if eos_id is not None:
+        found = (tokens == eos_id) & (start.to(tokens.device) == mask_id) & ~behind
+        first = torch.where(found.any(1), found.to(torch.uint8).argmax(1), tokens.shape[1])
+        masks_before = ((tokens == mask_id) & (places < first[:, None]) & ~behind).any(1)
+        behind |= (places > first[:, None]) & ~masks_before[:, None]
+    failed = ((tokens == mask_id) & ~behind).nonzero()
+    if len(failed):
+        row, position = failed[0].tolist()
+        raise RuntimeError(
+            f"no token could be drawn at {len(failed)} positions, first at row {row}, position {position}: the model "
+            "returned NaN, or infinities. Check the checkpoint and the dtype."
+        )
+    tokens[behind] = mask_id if eos_id is None else eos_id
+    decode_step[behind] = -1
+    if result.logprob is not None:
+        result.logprob[behind] = 0
+    return dataclasses.replace(result, lengths=ends)
+
+
+# --- what the caller gave --------------------------------------------------------------------------------------------
+
+_NO_EXACT_CACHE = (
+    "cache: {} decodes a bidirectional model, in which every key and value changes with every token, so no cache is "
+    'exact; leave it out, or choose an approximate one: "prefix", "dual" or "delayed"'
+)
+
+
+def _policy(cache: str | Policy | None, decoder: Decoder, shift: bool) -> Policy | None:
+    if cache is None or cache == "none":
+        return None
+    if cache == "exact":
+        raise ValueError(_NO_EXACT_CACHE.format(type(decoder).__name__))
+    policy = POLICIES.get(cache) if isinstance(cache, str) else cache
+    if not isinstance(policy, Policy):
+        raise ValueError(f'cache: got {cache!r}, supported are None, "none", "exact", {", ".join(map(repr, POLICIES))}')
+    name = type(decoder).__name__
+    if decoder.edits and isinstance(policy, Delayed):
+        raise ValueError(
+            f"cache: {name} edits tokens, which Delayed does not compute again; use Prefix or Dual, or "
+            "edit_threshold=None"
+        )
+    if decoder.edits and shift:
+        raise ValueError(
+            f"cache: {name} edits a block's first token, for which this model, whose outputs predict the next token, "
+            "needs one that the cache leaves out; use no cache, or edit_threshold=None"
+        )
+    return policy
+
+
+def _mask_id(model: Any, mask_id: int | None) -> int:
+    if mask_id is None and isinstance(model, FoldedNetwork):
+        return model.config.mask_id
+    if mask_id is None:
+        mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
+    if mask_id is None:
+        raise ValueError("mask_id: needed, the model's config names none (LLaDA's is 126336, Dream's 151666)")
+    if isinstance(mask_id, bool) or not isinstance(mask_id, int) or mask_id < 0:
+        raise ValueError(f"mask_id: must be an id of the vocabulary, got {mask_id!r}")
+    return mask_id
+
+
+def _texts(prompt: Prompt, mask_id: int, max_new_tokens: int | None) -> tuple[torch.Tensor, np.ndarray]:
+    """int64 [batch, longest] on the host, mask_id where a token is to come and behind shorter rows, and the lengths."""
+    if max_new_tokens is not None:
+        check_count("max_new_tokens", max_new_tokens)
+    if isinstance(prompt, str):
+        raise TypeError(f"prompt: must be token ids, got the string {prompt!r}; encode it first")
+    if isinstance(prompt, torch.Tensor):
+        rows = [prompt] if prompt.dim() < 2 else list(prompt)
+    else:
+        several = len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
+        rows = [torch.as_tensor(row) for row in prompt] if several else [torch.as_tensor(prompt)]
+    if not rows:
+        raise ValueError("prompt: has no row")
+    for row in rows:
+        if row.dim() != 1 or (row.numel() and row.dtype not in (torch.int64, torch.int32)):
+            raise ValueError(f"prompt: must be integer rows of token ids, got {row.dtype} {list(row.shape)}")
+    lengths = np.array([len(row) + (max_new_tokens or 0) for row in rows])
+    if lengths.min() == 0:
+        raise ValueError("prompt: a row is empty; pass max_new_tokens to generate from nothing")
+    tokens = torch.full((len(rows), int(lengths.max())), mask_id, dtype=torch.int64)
+    for to, row in zip(tokens, rows, strict=True):
+        to[: len(row)] = row
+    return tokens, lengths
+
+
+def _denoiser(model: Any, backend: str | None) -> Denoiser:
+    if isinstance(model, FoldedNetwork):
+        return NetworkDenoiser(model, backend)
+    if hasattr(model, "hidden") and hasattr(model, "new_cache"):
+        return model
+    if any(cls.__module__.split(".")[0] == "transformers" for cls in type(model).__mro__):
+        from esokern.integrations import llada_dream, transformers  # need transformers, which is optional
+
+        if llada_dream.is_llada_or_dream(model):
+            model = llada_dream.as_transformers(model)
+        return transformers.TransformersDenoiser(model)
+    if callable(model):
+        return CallableDenoiser(model)
+    raise TypeError(
+        "model: must be a network of this package, a transformers model, a Denoiser or a function, got "
+        f"{type(model).__name__}"
+    )

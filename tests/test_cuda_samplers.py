@@ -1,11 +1,12 @@
 """Networks and samplers on a GPU: the tokens a CPU draws, in batches of any size."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from esokern import backend, samplers
+from esokern import backend, decoders, generate, samplers
 from esokern.models.network import Network, NetworkConfig
 
 pytestmark = pytest.mark.skipif(
@@ -13,6 +14,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 LENGTH = 48
+
+
+def decoded(decoder, cache=None):
+    """`generate` as the samplers are called."""
+
+    def run(network, *, length, batch, seed, **filters):
+        text = [[network.config.mask_id] * length] * batch
+        return generate(network, text, decoder=dataclasses.replace(decoder, **filters), cache=cache, seed=seed)
+
+    return run
+
+
 SAMPLERS = {
     "esolm": lambda *args, **options: samplers.esolm.generate(*args, alpha_0=0.5, num_steps=8, **options),
     "esolm one by one": lambda *args, **options: samplers.esolm.generate(*args, num_steps=math.inf, **options),
@@ -20,6 +33,12 @@ SAMPLERS = {
     "ar": samplers.autoregressive.generate,
     "bd3lm": lambda *args, **options: samplers.bd3lm.generate(*args, block_size=16, num_steps=4, **options),
     "mdlm": lambda *args, **options: samplers.mdlm.generate(*args, num_steps=8, **options),
+    "LLaDA over a dual cache": decoded(decoders.LLaDA(steps=12, block_length=16, temperature=1.0), "dual"),
+    "LLaDA over a delayed cache": decoded(decoders.LLaDA(steps=12, block_length=16, cfg_scale=1.0), "delayed"),
+    "Fast-dLLM over a prefix cache": decoded(decoders.FastDLLM(threshold=0.02, block_length=16), "prefix"),
+    "Dream": decoded(decoders.Dream(steps=8, temperature=1.0)),
+    "entropy bound": decoded(decoders.EntropyBound(gamma=20.0, temperature=1.0)),
+    "LLaDA2": decoded(decoders.BlockRefinement(block_length=16, steps=8, threshold=0.02, edit_threshold=0.05)),
 }
 
 

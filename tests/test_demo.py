@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from esokern import demo, text
-from esokern.generate import StepInfo
 from esokern.models import Network, NetworkConfig, load_model, pretrained
 from esokern.models.checkpoint import save_checkpoint
+from esokern.samplers.run import StepInfo
 from esokern.samplers.schedule import Schedule
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esokern import generate
 from esokern.models.network import Network, NetworkConfig
-from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
+from esokern.samplers import autoregressive, bd3lm, esolm, mdlm, run
 from esokern.samplers.schedule import Schedule, block_schedule
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -157,7 +156,7 @@ def test_stopwatch(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    watch = generate.Stopwatch(torch.device("cuda"))
+    watch = run.Stopwatch(torch.device("cuda"))
     assert watch.seconds() == 0
     for _ in range(3):
         with watch:
@@ -165,7 +164,7 @@ def test_stopwatch(monkeypatch):
     assert not waits
     assert watch.seconds() == pytest.approx(0.015)
     assert waits == [25]
-    watch = generate.Stopwatch(torch.device("cpu"))
+    watch = run.Stopwatch(torch.device("cpu"))
     with watch:
         pass
     assert 0 < watch.seconds() < 1
@@ -221,7 +220,7 @@ class TeacherForcing:
             self.logits[rows, positions] = run.network.logits(hidden, run.backend)
             return text[rows, positions]
 
-        monkeypatch.setattr(generate.Run, "draw", draw)
+        monkeypatch.setattr(run.Run, "draw", draw)
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "recomputed"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from esokern.fused_linear import fused_linear
 if TYPE_CHECKING:
     from esokern.kv_cache import KVCache
     from esokern.masks import RankMask
+    from esokern.models.denoiser import Step
     from esokern.unmask_sample import UnmaskSample
 
 NORM_EPS = 1e-5
@@ -515,6 +517,7 @@ class FoldedNetwork:
         cache_mask: str = "causal",
         num_clean: int | Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
+        step: Step | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Final hidden states, normalised: what `logits`, or `unmask_sample` with `head_weight`, takes.
@@ -529,25 +532,51 @@ class FoldedNetwork:
             num_clean: int, or int32 [B]: leading rows of each sequence that are clean ("independent" treats the
                 others as masks); default: all.
             cu_seqlens_q: int32 [B + 1], start of each sequence of a packed call; with a cache only.
+            step: who sees whom for a decoder of bidirectional networks, instead of mask and cache.
             backend: back end of every op; None picks the compiled one for the device.
 
         Returns:
             [B, S, hidden] or [T, hidden] in the weights' dtype.
         """
+        if step is not None:
+            mask, cache, cache_mask = step.mask, step.cache, "bidirectional"
+            if mask is cache is None:
+                return self._forward_texts(tokens, positions, step, backend)
         self._check(tokens, positions, mask, cache, cu_seqlens_q)
         if positions.dim() < tokens.dim():
             positions = positions.expand_as(tokens)
+        self._reserve(positions)
+        if cache is None:
+            attend = self._attend_masked(positions, mask, None, backend)
+        else:
+            positions = positions.to(torch.int32)
+            attend = self._attend_cached(positions, cache, cache_mask, num_clean, cu_seqlens_q, step, backend)
+        return self._run(tokens, attend, backend)
+
+    __call__ = forward
+
+    def _forward_texts(self, tokens: Tensor, positions: Tensor, step: Step, backend: str | None) -> Tensor:
+        """Whole texts in both directions, packed if their lengths differ: a text's bits do not depend on the others."""
+        lengths, (batch, seqlen) = step.length_list(), tokens.shape
+        self._reserve(positions)
+        if min(lengths) == seqlen:
+            return self._run(tokens, self._attend_masked(positions, None, None, backend), backend)
+        filled = torch.arange(seqlen) < torch.tensor(lengths)[:, None]
+        places = filled.flatten().nonzero()[:, 0].to(tokens.device, non_blocking=True)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=tokens.device)
+        attend = self._attend_masked(positions.flatten()[places], None, cu_seqlens, backend)
+        hidden = self._run(tokens.flatten()[places], attend, backend)
+        out = hidden.new_zeros(batch * seqlen, hidden.shape[-1])
+        return out.index_copy_(0, places, hidden).view(batch, seqlen, -1)
+
+    def _reserve(self, positions: Tensor) -> None:
         if positions.device.type == "cpu" and positions.numel():
             self.reserve_positions(int(positions.max()) + 1)
-        if cache is None:
-            attend = self._attend_masked(positions, mask, backend)
-        else:
-            attend = self._attend_cached(positions.to(torch.int32), cache, cache_mask, num_clean, cu_seqlens_q, backend)
+
+    def _run(self, tokens: Tensor, attend: Attend, backend: str | None) -> Tensor:
         if self._layers_by_torch(tokens.numel(), backend):
             return self._run_torch(tokens, attend, backend)
         return self._run_fused(tokens, attend, backend)
-
-    __call__ = forward
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, backend: str | None = None) -> Tensor:
@@ -584,14 +613,17 @@ class FoldedNetwork:
             normed, x = add_norm(outer, x, eps=NORM_EPS, backend=backend)
         return normed
 
-    def _attend_masked(self, positions: Tensor, mask: RankMask, backend: str | None) -> Attend:
+    def _attend_masked(
+        self, positions: Tensor, mask: RankMask | None, cu_seqlens: Tensor | None, backend: str | None
+    ) -> Attend:
         cos, sin = (F.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             qkv = self._split_heads(qkv)
             rotated = apply_rotary(qkv[..., :2, :, :].flatten(-3, -2).float(), cos, sin).to(qkv.dtype)
             q, k = rotated.split(self.config.n_heads, dim=-2)
-            return attention(q, k, qkv[..., 2, :, :], mask=mask, backend=backend).flatten(-2)
+            packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            return attention(q, k, qkv[..., 2, :, :], mask=mask, **packing, backend=backend).flatten(-2)
 
         return attend
 
@@ -602,6 +634,7 @@ class FoldedNetwork:
         cache_mask: str | RankMask,
         num_clean: int | Tensor | None,
         cu_seqlens_q: Tensor | None,
+        step: Step | None,
         backend: str | None,
     ) -> Attend:
         def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -611,13 +644,16 @@ class FoldedNetwork:
                 *cache.layer(layer),
                 k,
                 v,
-                cache_seqlens=cache.cache_seqlens,
+                cache_seqlens=cache.cache_seqlens if step is None else step.lengths,
                 positions=positions,
                 rotary_cos=self.rotary_cos,
                 rotary_sin=self.rotary_sin,
                 mask=cache_mask,
                 num_clean=num_clean,
                 page_table=cache.page_table,
+                slots=None if step is None else step.slots,
+                cache_batch_idx=None if step is None else step.cache_batch_idx,
+                seqused_q=None if step is None else step.seqused,
                 cu_seqlens_q=cu_seqlens_q,
                 backend=backend,
             ).flatten(-2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from esokern import masks
-from esokern.generate import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
+from esokern.samplers.run import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
 
 if TYPE_CHECKING:
     from esokern.models.network import FoldedNetwork

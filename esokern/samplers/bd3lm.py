@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from esokern.generate import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
 from esokern.masks import RankMask
+from esokern.samplers.run import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
 from esokern.samplers.schedule import denoising_schedule
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from esokern import masks
-from esokern.generate import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
+from esokern.samplers.run import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
 from esokern.samplers.schedule import Schedule, denoising_schedule
 
 if TYPE_CHECKING:
