@@ -1,14 +1,16 @@
-"""The baseline: Eso-LM's cached sampler as eager code does it, with the same operations per step as the published one.
+"""The baselines: samplers as eager code does them, with the same operations per step as the published ones.
 
-Per step it evaluates the adaLN network of every layer, builds the mask of every layer on the spot, materialises scores,
-runs the LM head on clean rows too, and draws with a float64 Gumbel over all logits. It shares the checkpoint's
-parameters and the schedule with the samplers under test, nothing else. In half precision, weights and activations are
-stored so and norms are float32; the published code reaches the same types through autocast, with more conversions.
+Eso-LM's cached sampler evaluates the adaLN network of every layer in every step, builds the mask of every layer on the
+spot, materialises scores, runs the LM head on clean rows too, and draws with a float64 Gumbel over all logits. It
+shares the checkpoint's parameters and the schedule with the samplers under test, nothing else. In half precision,
+weights and activations are stored so and norms are float32; the published code reaches the same types through autocast,
+with more conversions. LLaDA's decoder has the logits of the whole text in every step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -121,3 +123,38 @@ class EagerEsoLM:
             tokens.scatter_(1, positions[:, previous:], gumbel_max(logits, torch.float64))
             done, previous = done + count, count
         return tokens
+
+
+def llada(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    mask_id: int,
+    *,
+    steps: int,
+    block_length: int,
+    temperature: float,
+) -> torch.Tensor:
+    """LLaDA's low-confidence decoding (arXiv 2502.09992): every step has the logits of the whole text, float64 noise
+    and a softmax over all of them, and a top-k per row.
+
+    network: tokens [batch, length] -> logits [batch, length, vocab]. The masks of tokens are the last columns of every
+    row, steps a multiple of the number of blocks.
+    """
+    tokens = tokens.clone()
+    begin = int((tokens[0] == mask_id).nonzero()[0])
+    blocks = range(begin, tokens.shape[1], block_length)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    for block in blocks:
+        for steps_left in range(steps // len(blocks), 0, -1):
+            masked = (tokens == mask_id) & (columns < block + block_length)
+            logits = network(tokens)
+            noisy = logits
+            if temperature > 0:
+                noisy = logits.double()
+                noisy = noisy.exp() / (-torch.rand_like(noisy).log()) ** temperature
+            drawn = noisy.argmax(-1)
+            confidence = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0].masked_fill(~masked, -math.inf)
+            for row, own in enumerate(confidence):
+                kept = own.topk(-(-int(masked[row].sum()) // steps_left)).indices
+                tokens[row, kept] = drawn[row, kept]
+    return tokens

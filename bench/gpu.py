@@ -31,6 +31,8 @@ OPS = {  # op -> its share of what is left when its turn comes, in the order of 
     "masked_cross_entropy": 0.40,
     "fused_linear": 0.35,
     "add_norm": 0.15,
+    "unmask_select": 0.15,
+    "decoders": 0.40,
     "generate": 1.0,
 }
 TESTS = (
@@ -41,6 +43,8 @@ TESTS = (
     "masked_cross_entropy",
     "fused_linear",
     "add_norm",
+    "unmask_select",
+    "unmask_select_edges",
     "cuda_samplers",
     "arrays",
 )
@@ -191,7 +195,7 @@ def sanitizer(session: Session) -> None:
         session.note("sanitizer", "skipped: needs a GPU and compute-sanitizer on PATH")
         return
     limit = min(SHARES["sanitizer"] * session.total, session.left())
-    ops = [op for op in OPS if op != "generate"]
+    ops = [op for op in OPS if op not in ("decoders", "generate")]
     cases = [sys.executable, "bench/gpu_bench.py", "--small", "--once", "--op", *ops]
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", *cases]

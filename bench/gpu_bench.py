@@ -24,6 +24,7 @@ import torch
 
 import gpu_attention_cases
 import gpu_cases
+import gpu_decoders
 from eager import EagerEsoLM
 from esokern import samplers
 from esokern.models import Network, NetworkConfig
@@ -36,6 +37,7 @@ OPS = {
     for f in (
         gpu_attention_cases.attention_with_kvcache,
         gpu_cases.unmask_sample,
+        gpu_cases.unmask_select,
         gpu_attention_cases.attention,
         gpu_attention_cases.attention_backward,
         gpu_cases.masked_cross_entropy,
@@ -296,9 +298,17 @@ def generation(bench: Bench) -> None:
         bench.save(recorder)
 
 
+def decoding(bench: Bench) -> None:
+    """Seconds of whole generations by LLaDA's decoder."""
+    gpu_decoders.decoding(bench, random_network(bench.setting))
+
+
+WHOLE = {"decoders": decoding, "generate": generation}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=[*OPS, "generate"], default=[*OPS])
+    parser.add_argument("--op", nargs="+", choices=[*OPS, *WHOLE], default=[*OPS])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rows", type=Path, default=Path("/dev/null"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -311,8 +321,8 @@ def main() -> None:
     bench = Bench(Setting(options.device, options.small), options.rows, time.monotonic() + options.seconds)
     with torch.no_grad():
         for op in options.op:
-            if op == "generate":
-                generation(bench)
+            if op in WHOLE:
+                WHOLE[op](bench)
             else:
                 bench.op(op, options.first, options.once)
     sys.exit(bench.failed)

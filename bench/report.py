@@ -81,6 +81,41 @@ def generation_table(records: dict, op: str) -> str:
     return markdown(["case", "dtype", *samplers], rows)
 
 
+def decoder_table(records: dict) -> str:
+    """A line per case of bench/decoders.py: whole generations, and what a pass takes beside the transformer."""
+    rows = []
+    for (op, case, _, name), theirs in records.items():
+        if op != "decoder" or name not in ("LLaDA", "Fast-dLLM"):
+            continue
+        ours = records[op, case, theirs["dtype"], "esokern"]
+        steps = ours["passes"]  # the published code may need more: a call for each row
+        beside = (theirs["head_us"] + theirs["overhead_us"]) / steps
+        rows.append(
+            [
+                case,
+                str(steps) if steps == theirs["passes"] else f"{theirs['passes']}, {steps}",
+                f"{name}: {_time(theirs['median_us'])}",
+                _time(ours["median_us"]),
+                f"{theirs['median_us'] / ours['median_us']:.2f}x",
+                _time(beside),
+                _time(theirs["overhead_us"] / steps),
+                _time(ours["overhead_us"] / steps),
+            ]
+        )
+    beside = ["LM head and decoding of a pass, published", "without the head", "esokern, with the head"]
+    return markdown(["case", "passes", "published", "esokern", "ratio", *beside], rows)
+
+
+def memory_table(records: dict) -> str:
+    """A line per batch of bench/decoder_memory.py, a column per decoder."""
+    names = ["LLaDA", "Fast-dLLM", "esokern"]
+    rows = []
+    for case in dict.fromkeys(key[1] for key in records if key[0] == "decoder_memory"):
+        found = [records.get(("decoder_memory", case, "float32", name)) for name in names]
+        rows.append([case, *("-" if row is None else f"{row['peak_mib']:.0f} MiB" for row in found)])
+    return markdown(["case", *names], rows)
+
+
 def plot_scaling(records: dict, path: Path) -> None:
     """Seconds of a whole generation against its length, one line per sampler."""
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -140,8 +175,11 @@ def main(machine: str) -> None:
         "unmask_sample": op_table(
             records, "unmask_sample", lambda case: case.startswith(("rows 1 ", "rows 16 ", "rows 256 "))
         ),
+        "unmask_select": op_table(records, "unmask_select", lambda case: "width 256" in case),
         "fused_linear": op_table(records, "fused_linear", lambda case: case.endswith(("rows 2", "rows 1024"))),
         "generate": generation_table(records, "generate"),
+        "decoder": decoder_table(records),
+        "decoder_memory": memory_table(records),
     }
     study = RESULTS / "study.jsonl"
     if study.exists():

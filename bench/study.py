@@ -20,9 +20,8 @@ import json
 import math
 import multiprocessing
 import re
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +135,15 @@ def train_all(wanted: list[Job], workers: int) -> None:
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_train, job): job for job in waiting}
         start = {job.out: job.steps for job in waiting}
-        while not all(future.done() for future in running):
-            time.sleep(2)
+        left = set(running)
+        while left:
+            done, left = wait(left, timeout=2, return_when=FIRST_EXCEPTION)
             bar.update(sum(job.steps - start[job.out] for job in waiting) - bar.n)
-        for future, job in running.items():
-            if future.exception() is not None:
-                raise RuntimeError(f"training of {job.model} on {job.corpus} failed") from future.exception()
+            for future in done:
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    job = running[future]
+                    raise RuntimeError(f"training of {job.model} on {job.corpus} failed") from future.exception()
     bar.close()
 
 
@@ -259,6 +261,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, to try things out")
     parser.add_argument("--record", action="store_true", help="put the results into bench/results, for bench/report.py")
     options = parser.parse_args()
+    if not options.shakespeare.is_file():
+        parser.error(f"--shakespeare {options.shakespeare}: there is no such file")
     options.out.mkdir(parents=True, exist_ok=True)
 
     wanted = jobs(options)

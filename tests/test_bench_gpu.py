@@ -29,13 +29,13 @@ def session(tmp_path, **changes):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("op", [*gpu_bench.OPS, "generate"])
+@pytest.mark.parametrize("op", [*gpu_bench.OPS, *gpu_bench.WHOLE])
 def test_cases_run_and_are_recorded(op, tmp_path, capsys):
     run = session(tmp_path)
     bench = gpu_bench.Bench(Setting("cpu", small=True), run.rows_file, time.monotonic() + 60)
     with torch.no_grad():
-        if op == "generate":
-            gpu_bench.generation(bench)
+        if op in gpu_bench.WHOLE:
+            gpu_bench.WHOLE[op](bench)
         else:
             bench.op(op, 0, once=False)
     assert not bench.failed, capsys.readouterr().out
@@ -52,6 +52,8 @@ def test_cases_run_and_are_recorded(op, tmp_path, capsys):
     if "attention" in op:
         absent = {row["candidate"] for row in rows if "left_out" in row}
         assert {"flex", "fa3", "flash-attn"} <= absent | {row["candidate"] for row in measured}
+    if op == "decoders":
+        assert {row["candidate"] for row in measured} == {"esokern", "esokern prefix", "esokern dual", "eager LLaDA"}
     if op == "masked_cross_entropy":
         assert {"linear + cross_entropy", "torch chunked"} <= {row["candidate"] for row in measured}
         assert {"compiled", "liger", "cut cross-entropy"} <= {row["candidate"] for row in rows}
