@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from esokern import masks, objectives
-from esokern.nelbo import MAX_TOKENS, in_chunks, rank_in_block
+from esokern.nelbo import MAX_TOKENS, in_chunks, rank_in_block, row_length
 from esokern.objectives import AnyNetwork, clean_first_order
 from esokern.samplers.schedule import Schedule
 
@@ -163,7 +163,7 @@ def importance_weighted(
         raise ValueError(f"model: got {model!r}, supported are {', '.join(MODELS)}")
     if (model == "bd3lm") != (block_size is not None):
         raise ValueError(f"block_size: goes with model 'bd3lm' and only with it, got {block_size} with {model!r}")
-    batch, length = x.shape
+    batch, length = len(x), row_length(x)
 
     def logp(x: Tensor, order: Tensor) -> Tensor:
         if model == "bd3lm":

@@ -118,7 +118,7 @@ def esolm_nelbo(
     """
     if not 0.0 <= alpha_0 <= 1.0:
         raise ValueError(f"alpha_0: must lie in [0, 1], got {alpha_0}")
-    batch, length = x.shape
+    batch, length = len(x), row_length(x)
     mask_id, x = network.config.mask_id, _repeat(x, draws)
     nll = torch.zeros(len(x), device=x.device)
     sequential_cdf = _binomial_cdf(length, 1 - alpha_0)  # of the number of tokens that the sequential phase decodes
@@ -163,7 +163,7 @@ def mdlm_nelbo(
     def cross_entropy(x: Tensor, zt: Tensor) -> Tensor:
         return objectives.mdlm_cross_entropy(network, x, zt)
 
-    rows = max_tokens // x.shape[1]
+    rows = max_tokens // row_length(x)
     return _block_nelbo(cross_entropy, x, x.shape[1], network.config.mask_id, generator, draws, rows, progress)
 
 
@@ -186,8 +186,15 @@ def bd3lm_nelbo(
     def cross_entropy(x: Tensor, zt: Tensor) -> Tensor:
         return objectives.bd3lm_cross_entropy(network, x, zt, block_size)
 
-    rows = max_tokens // (2 * x.shape[1])
+    rows = max_tokens // (2 * row_length(x))
     return _block_nelbo(cross_entropy, x, block_size, network.config.mask_id, generator, draws, rows, progress)
+
+
+def row_length(x: Tensor) -> int:
+    """L of tokens x [B, L]. Raises ValueError for another shape and for rows of no tokens."""
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"x: must be [batch, length] with a length of at least 1, got {list(x.shape)}")
+    return x.shape[1]
 
 
 def _block_nelbo(

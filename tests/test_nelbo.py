@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esokern import nelbo, objectives
+from esokern import likelihood, nelbo, objectives
 from esokern.models.network import Network, NetworkConfig
 
 LENGTH, VOCAB = 4, 3  # 81 texts, 24 orders
@@ -338,3 +338,13 @@ def test_errors():
         nelbo.bd3lm_nelbo(network, x, 0)
     with pytest.raises(ValueError, match="variant is 'C'"):
         nelbo.esolm_nelbo(network, x, 0.5, variant="C")
+    for compute in (
+        lambda x: nelbo.esolm_nelbo(network, x, 0.5),
+        lambda x: nelbo.mdlm_nelbo(network, x),
+        lambda x: nelbo.bd3lm_nelbo(network, x, 4),
+        lambda x: likelihood.importance_weighted(network, x, 1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"x: must be \[batch, length\] with a length of at least 1, got \[\d+, 0\]"
+        ):
+            compute(x[:, :0])

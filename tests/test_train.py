@@ -299,6 +299,8 @@ def test_a_checkpoint_needs_its_tokenizer(config, published, tmp_path):
     alone = shutil.copy(published / "model.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(ValueError, match=r"no tokenizer\.json beside it; name one with --tokenizer"):
         train.Trainer(dataclasses.replace(given, out=config.out + "3", init_from=str(alone), length=0))
+    with pytest.raises(ValueError, match="--init-from /nowhere: there is no such file or folder"):
+        train.Trainer(dataclasses.replace(given, out=config.out + "4", init_from="/nowhere"))
 
 
 def test_published_files_are_a_start_too(config, tmp_path):

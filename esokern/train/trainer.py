@@ -204,6 +204,8 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
             tokenizer = Tokenizer.from_file(config.tokenizer)
         elif config.init_from:
             source = Path(config.init_from)
+            if not source.exists():
+                raise ValueError(f"--init-from {source}: there is no such file or folder")
             beside = (source if source.is_dir() else source.parent) / TOKENIZER
             if not beside.is_file():
                 raise ValueError(f"--init-from {source}: there is no {TOKENIZER} beside it; name one with --tokenizer")
