@@ -45,7 +45,7 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@touch $@
 
 $(VENV)/.test-deps: $(VENV)/.deps
-	@$(PIP) install pytest pytest-benchmark scipy pyyaml matplotlib
+	@$(PIP) install pytest pytest-benchmark scipy pyyaml matplotlib "transformers>=5.24,<6"
 	@$(PIP) install --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86
 	@touch $@
 
