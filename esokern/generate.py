@@ -45,9 +45,10 @@ def generate(
 
     Args:
         model: a network of this package (FoldedNetwork, or Network, which is folded); a transformers model whose
-            attention is pluggable (Llama, Qwen2, ModernBERT, ...), taken as bidirectional; a `Denoiser`; or a function
-            (tokens, positions, cache) -> logits [batch, seqlen, vocab], tokens and positions int64 [batch, seqlen]
-            (`models.CallableDenoiser` makes one with an LM head or a cache of its own).
+            attention is pluggable (Llama, Qwen2, ModernBERT, ...), taken as bidirectional, its config.shift_logits
+            saying whether row i predicts token i + 1; a `LLaDAModelLM` or `DreamModel` of the published code; a
+            `Denoiser`; or a function (tokens, positions, cache) -> logits [batch, seqlen, vocab], tokens and positions
+            int64 [batch, seqlen] (`models.CallableDenoiser` makes one with an LM head or a cache of its own).
         prompt: token ids: [length], [batch, length], or a list of rows of any lengths. mask_id stands where a token is
             to come, at any places.
         decoder: how (see esokern.decoders). Default: EsoLM() for a network of this package, LLaDA() for others.
