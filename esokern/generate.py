@@ -48,7 +48,8 @@ def generate(
             attention is pluggable (Llama, Qwen2, ModernBERT, ...), taken as bidirectional, its config.shift_logits
             saying whether row i predicts token i + 1; a `LLaDAModelLM` or `DreamModel` of the published code; a
             `Denoiser`; or a function (tokens, positions, cache) -> logits [batch, seqlen, vocab], tokens and positions
-            int64 [batch, seqlen] (`models.CallableDenoiser` makes one with an LM head or a cache of its own).
+            int64 [batch, seqlen] on the CPU, which is called once more to see its vocabulary (`models.CallableDenoiser`
+            says the vocabulary and the device beforehand, and may have an LM head or a cache of its own).
         prompt: token ids: [length], [batch, length], or a list of rows of any lengths. mask_id stands where a token is
             to come, at any places.
         decoder: how (see esokern.decoders). Default: EsoLM() for a network of this package, LLaDA() for others.
@@ -130,7 +131,7 @@ def _run_loop(
     options: dict[str, Any],
 ) -> GenerationResult:
     """A decoder of bidirectional models."""
-    denoiser = _denoiser(model, options["backend"])
+    denoiser = _denoiser(model, tokens[:1, : lengths[0]], options["backend"])
     policy = _policy(cache, decoder, denoiser.shift)
     if options["report_divergence"] and policy is None:
         raise ValueError("report_divergence: without an approximate cache nothing diverges; pass one, or leave it out")
@@ -334,7 +335,20 @@ def _texts(prompt: Prompt, mask_id: int, max_new_tokens: int | None) -> tuple[to
     return tokens, lengths
 
 
-def _denoiser(model: Any, backend: str | None) -> Denoiser:
+def _vocab_size(function: Callable, text: torch.Tensor) -> int:
+    """Of the logits that a function returns for the text."""
+    with torch.inference_mode():
+        logits = function(text, torch.arange(text.shape[1])[None], None)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[:2] != text.shape:
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model: must return a tensor [1, {text.shape[1]}, vocab] for tokens {list(text.shape)}, got {got}"
+        )
+    return logits.shape[-1]
+
+
+def _denoiser(model: Any, text: torch.Tensor, backend: str | None) -> Denoiser:
+    """The model as decoders see it. text: int64 [1, length], for a function that has not said its vocabulary."""
     if isinstance(model, FoldedNetwork):
         return NetworkDenoiser(model, backend)
     if hasattr(model, "hidden") and hasattr(model, "new_cache"):
@@ -346,7 +360,7 @@ def _denoiser(model: Any, backend: str | None) -> Denoiser:
             model = llada_dream.as_transformers(model)
         return transformers.TransformersDenoiser(model)
     if callable(model):
-        return CallableDenoiser(model)
+        return CallableDenoiser(model, vocab_size=_vocab_size(model, text))
     raise TypeError(
         "model: must be a network of this package, a transformers model, a Denoiser or a function, got "
         f"{type(model).__name__}"

@@ -401,3 +401,25 @@ def test_examples_of_the_pages(page):
     for number, code in enumerate(EXAMPLES[page]):
         assert len(code.splitlines()) <= 20
         exec(compile(code, f"{page}, example {number + 1}", "exec"), {})
+
+
+def test_a_plain_function():
+    """tokens, positions, cache -> logits: handed over as it is, it does what a denoiser of it does."""
+    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+    shapes = []
+
+    def function(tokens, positions, cache):
+        assert cache is None
+        assert tokens.shape == positions.shape
+        shapes.append(tuple(tokens.shape))
+        return table[tokens] + positions[..., None] % 3
+
+    options = {"decoder": decoders.LLaDA(steps=4), "max_new_tokens": 4, "mask_id": 6}
+    result = generate(function, [[1, 2, 3], [4]], **options)
+    assert shapes[0] == (1, 7)  # to see the vocabulary
+    expected = generate(CallableDenoiser(function, vocab_size=7), [[1, 2, 3], [4]], **options)
+    assert torch.equal(result.tokens, expected.tokens)
+    assert result.nfe == expected.nfe == 4
+    for wrong, got in ((lambda *args: args[0], r"\[1, 5\]"), (lambda *args: None, "NoneType")):
+        with pytest.raises(ValueError, match=rf"model: must return a tensor \[1, 5, vocab\] for tokens .*, got {got}"):
+            generate(wrong, [4], **options)
