@@ -12,14 +12,14 @@ import torch
 from tqdm import tqdm
 
 from esokern import decoders
-from esokern.decoders.base import Decoder, check_count
+from esokern.decoders.base import Decoder
 from esokern.decoders.caches import POLICIES, Delayed, Policy
 from esokern.decoders.loop import Loop
 from esokern.decoders.native import Native
-from esokern.decoders.text import Text
+from esokern.decoders.text import Text, end_of_text
 from esokern.models.denoiser import CallableDenoiser, Denoiser, NetworkDenoiser
 from esokern.models.network import FoldedNetwork, Network
-from esokern.samplers.run import Callback, GenerationResult, StepInfo, row_seeds
+from esokern.samplers.run import Callback, GenerationResult, StepInfo, check_count, check_drawn, row_seeds
 
 Prompt = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor]
 
@@ -250,17 +250,9 @@ def _trim(
     ends = torch.from_numpy(lengths).to(tokens.device)
     behind = places >= ends[:, None]
     if eos_id is not None:
-        found = (tokens == eos_id) & (start.to(tokens.device) == mask_id) & ~behind
-        first = torch.where(found.any(1), found.to(torch.uint8).argmax(1), tokens.shape[1])
-        masks_before = ((tokens == mask_id) & (places < first[:, None]) & ~behind).any(1)
-        behind |= (places > first[:, None]) & ~masks_before[:, None]
-    failed = ((tokens == mask_id) & ~behind).nonzero()
-    if len(failed):
-        row, position = failed[0].tolist()
-        raise RuntimeError(
-            f"no token could be drawn at {len(failed)} positions, first at row {row}, position {position}: the model "
-            "returned NaN, or infinities. Check the checkpoint and the dtype."
-        )
+        end = end_of_text(tokens, start.to(tokens.device) != mask_id, eos_id, mask_id)
+        behind |= places > end[:, None]
+    check_drawn((tokens == mask_id) & ~behind, "model")
     tokens[behind] = mask_id if eos_id is None else eos_id
     decode_step[behind] = -1
     if result.logprob is not None:

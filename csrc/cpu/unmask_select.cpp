@@ -152,11 +152,10 @@ struct Row {
       if (temperature > 0.0f) {
         uint32_t positions[kWidth] = {};
         for (int j = 0; j < lanes; ++j) positions[j] = first + static_cast<uint32_t>(entries[i + j]);
-        const PhiloxWords<NoiseVec> words = philox4x32<NoiseVec>(
-            splat(0u), load(positions), splat(step), splat(2u), splat(static_cast<uint32_t>(seed)),
-            splat(static_cast<uint32_t>(seed >> 32)));
         float noise[kWidth];
-        store(noise, gumbel<NoiseVec, true>(words.word[0], words.word[1]));
+        store(noise,
+              selection_gumbel<NoiseVec>(load(positions), splat(step), splat(static_cast<uint32_t>(seed)),
+                                         splat(static_cast<uint32_t>(seed >> 32))));
         for (int j = 0; j < lanes; ++j)
           keys[j] = temperature == kInfinity ? noise[j] : keys[j] / temperature + noise[j];
       }

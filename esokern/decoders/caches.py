@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esokern.decoders.base import check_count
-from esokern.decoders.text import on_device
+from esokern.samplers.run import check_count, on_device
 
 
 @dataclass(frozen=True)

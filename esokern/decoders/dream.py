@@ -15,7 +15,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from esokern.decoders.base import Decoder, blocks, check_choice, check_count, check_range, steps_per_window
+from esokern.decoders.base import Decoder, check_choice, check_range, steps_per_window
+from esokern.samplers.run import check_count
 
 _MEASURES = {
     "origin": "random",
@@ -38,7 +39,6 @@ class Dream(Decoder):
     alg_temp:     choose by confidence / alg_temp + noise instead: a draw without replacement from its softmax
     eps:          the schedule's last time
     threshold:    of "confidence_threshold"
-    block_length: None = all that is to be generated in one block
     """
 
     steps: int = 512
@@ -46,14 +46,13 @@ class Dream(Decoder):
     alg_temp: float | None = None
     eps: float = 1e-3
     threshold: float = 0.9
-    block_length: int | None = None
 
     statistics: ClassVar[str] = "sampling"
     filter_order: ClassVar[str] = "top_p_first"
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        check_count("block_length", self.block_length, optional=True)
+        super().__post_init__()
         check_choice("alg", self.alg, tuple(_MEASURES))
         check_range("alg_temp", self.alg_temp, 0.0, float("inf"))
         check_range("eps", self.eps, 0.0, 1.0)
@@ -64,9 +63,6 @@ class Dream(Decoder):
     @property
     def measure(self) -> str:
         return _MEASURES[self.alg]
-
-    def windows(self, begin: int, end: int) -> list[tuple[int, int]]:
-        return blocks(begin, end, self.block_length)
 
     def options(self, masked: np.ndarray, num_windows: int, start: int = 0) -> Iterator[dict[str, object]]:
         if self.alg == "confidence_threshold":

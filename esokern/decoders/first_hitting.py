@@ -12,25 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esokern.decoders.base import Decoder, Option, blocks, check_count
+from esokern.decoders.base import Decoder
+from esokern.samplers.run import Option
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstHitting(Decoder):
-    """block_length: None = all that is to be generated in one block, else blocks from left to right."""
+    """One token a step, from anywhere in the block."""
 
     temperature: Option = 1.0
-    block_length: int | None = None
-
-    def __post_init__(self) -> None:
-        check_count("block_length", self.block_length, optional=True)
 
     @property
     def measure(self) -> str:
         return "random"
-
-    def windows(self, begin: int, end: int) -> list[tuple[int, int]]:
-        return blocks(begin, end, self.block_length)
 
     def options(self, masked: np.ndarray, num_windows: int, start: int = 0) -> Iterator[dict[str, object]]:
         return itertools.repeat({"num_select": 1})

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esokern.decoders.base import Decoder, blocks, check_choice, check_count, check_range, steps_per_window
+from esokern.decoders.base import Decoder, check_choice, check_range, steps_per_window
+from esokern.samplers.run import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +20,17 @@ class LLaDA(Decoder):
     """LLaDA's `generate`: a fixed number of tokens per step.
 
     steps:        over all blocks; a multiple of their number
-    block_length: None = all that is to be generated in one block
     remasking:    "low_confidence", or "random" positions
     cfg_scale:    of classifier-free guidance, whose other half sees no given token; 0 = none
     """
 
     steps: int = 128
-    block_length: int | None = None
     remasking: str = "low_confidence"
     cfg_scale: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        check_count("block_length", self.block_length, optional=True)
+        super().__post_init__()
         check_choice("remasking", self.remasking, ("low_confidence", "random"))
         check_range("cfg_scale", self.cfg_scale, 0.0, 1e6)
 
@@ -43,9 +42,6 @@ class LLaDA(Decoder):
     def measure(self) -> str:
         return "random" if self.remasking == "random" else "prob"
 
-    def windows(self, begin: int, end: int) -> list[tuple[int, int]]:
-        return blocks(begin, end, self.block_length)
-
     def options(self, masked: np.ndarray, num_windows: int, start: int = 0) -> Iterator[dict[str, object]]:
         steps = max(steps_per_window(self.steps, num_windows) - start, 1)
         for step in range(steps):
@@ -56,7 +52,6 @@ class LLaDA(Decoder):
 class FastDLLM(Decoder):
     """Fast-dLLM's parallel decoding: in every step all tokens that the model is sure of, and at least one.
 
-    block_length: None = all that is to be generated in one block
     threshold:    keep tokens of at least this probability
     factor:       in place of the threshold: keep n tokens while the n-th probability is at least 1 - factor / (n + 1)
     """
@@ -66,12 +61,9 @@ class FastDLLM(Decoder):
     factor: float | None = None
 
     def __post_init__(self) -> None:
-        check_count("block_length", self.block_length, optional=True)
+        super().__post_init__()
         check_range("threshold", self.threshold, 0.0, 1.0)
         check_range("factor", self.factor, 0.0, float("inf"))
-
-    def windows(self, begin: int, end: int) -> list[tuple[int, int]]:
-        return blocks(begin, end, self.block_length)
 
     def options(self, masked: np.ndarray, num_windows: int, start: int = 0) -> Iterator[dict[str, object]]:
         if self.factor is not None:

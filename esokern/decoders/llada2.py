@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from esokern.decoders.base import Decoder, above, check_count, check_range
+from esokern.decoders.base import Decoder, above, check_range
+from esokern.samplers.run import check_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esokern.decoders.base import PER_ROW, Decoder, per_row
+from esokern.decoders.base import PER_ROW, Decoder
 from esokern.decoders.caches import BlockState, Policy
-from esokern.decoders.text import Text, Window, on_device
+from esokern.decoders.text import Text, Window, end_of_text
 from esokern.kv_cache import KVCache
 from esokern.masked_cross_entropy import masked_cross_entropy
 from esokern.models.denoiser import Denoiser, Step
-from esokern.samplers.run import Divergence, StepInfo, Stopwatch
+from esokern.samplers.run import Divergence, StepInfo, Stopwatch, on_device, per_row
 from esokern.unmask_sample import UnmaskSample, unmask_sample, unmask_sample_from_logits
 from esokern.unmask_select import UnmaskSelect, unmask_select
 
@@ -61,8 +61,7 @@ class Loop:
         self.nfe = self.index = 0
         self.forward_time, self.sampling_time = Stopwatch(device), Stopwatch(device)
         self.stopped = np.zeros(shape[0], dtype=bool)
-        options = {name: per_row(name, getattr(decoder, name), shape[0]) for name in PER_ROW}
-        self.options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in options.items()}
+        self.options = {name: per_row(name, getattr(decoder, name), shape[0], device) for name in PER_ROW}
         # Of what distribution: it only matters where it decides.
         self.statistics = "model" if decoder.measure == "random" else decoder.statistics
         # Guidance runs each row twice, the second time without its given tokens.
@@ -155,11 +154,9 @@ class Loop:
 
     def _look_for_eos(self, rows: np.ndarray) -> None:
         """Stop the rows that have a generated eos_id and no mask before it."""
-        tokens, given = self.text.tokens[rows].cpu().numpy(), self.text.given[rows].cpu().numpy()
-        places = np.arange(tokens.shape[1])
-        found = (tokens == self.eos_id) & ~given & (places < self.text.lengths[rows][:, None])
-        masks_before = (tokens == self.text.mask_id) & (places < found.argmax(1)[:, None])
-        self.stopped[rows] = found.any(1) & ~masks_before.any(1)
+        text = self.text
+        end = end_of_text(text.tokens[rows], text.given[rows], self.eos_id, text.mask_id)
+        self.stopped[rows] = (end < text.spare).cpu().numpy()
 
     # --- the network -------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from esokern.decoders.base import PER_ROW, Option, per_row
+from esokern.decoders.base import PER_ROW
 from esokern.samplers import autoregressive, bd3lm, esolm, mdlm
+from esokern.samplers.run import Option, per_row
 
 if TYPE_CHECKING:
     from esokern.models.network import FoldedNetwork

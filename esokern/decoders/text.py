@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esokern.samplers.run import on_device
+
 
 class Text:
     """The texts of a batch on their way, with a spare column behind them where padding may point.
@@ -23,9 +25,14 @@ class Text:
         self.other = 0 if mask_id else 1  # some token that is no mask
 
 
-def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A small array's copy on the device, for which the host does not wait."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+def end_of_text(tokens: Tensor, given: Tensor, eos_id: int, mask_id: int) -> Tensor:
+    """int64 [n]: where rows of tokens [n, length] end, at the first eos_id that was not given; length if there is none,
+    or a mask before it."""
+    length = tokens.shape[1]
+    found = (tokens == eos_id) & ~given
+    first = torch.where(found.any(1), found.to(torch.uint8).argmax(1), length)
+    masked = (tokens == mask_id) & (torch.arange(length, device=tokens.device) < first[:, None])
+    return torch.where(masked.any(1), length, first)
 
 
 class Window:

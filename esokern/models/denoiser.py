@@ -42,13 +42,6 @@ class Step:
         """The lengths on the host."""
         return self.lengths.tolist() if self.host_lengths is None else self.host_lengths
 
-    def rank_mask(self, seqlen: int) -> RankMask:
-        """The mask of a call without a cache, of seqlen tokens per row."""
-        if self.mask is not None:
-            return self.mask
-        k_rank = torch.arange(seqlen, dtype=torch.int32, device=self.lengths.device)[None]
-        return RankMask(k_rank, (self.lengths - 1)[:, None].expand(-1, seqlen).contiguous())
-
 
 class Denoiser(Protocol):
     """A bidirectional network as decoders see it.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from esokern.masks import RankMask
-from esokern.samplers.run import Callback, GenerationResult, Option, Run, row_seeds, starting_tokens
+from esokern.samplers.run import Callback, GenerationResult, Option, Run, check_count, row_seeds, starting_tokens
 from esokern.samplers.schedule import denoising_schedule
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def generate(
     cached: False recomputes all blocks so far in every step, and draws the same tokens.
     The rest as in esolm.generate. Returns a GenerationResult; ValueError for arguments out of range.
     """
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size: must be an integer of at least 1, got {block_size!r}")
+    check_count("block_size", block_size)
     start = starting_tokens(network, tokens, length, batch)
     seeds = row_seeds(seed, len(start))
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

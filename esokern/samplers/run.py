@@ -158,14 +158,12 @@ def starting_tokens(
         raise ValueError(f"tokens: must be [length] or [batch, length], got {tuple(given.shape)}")
     given = given.to(torch.int64)
     if batch is not None:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: must be an integer of at least 1, got {batch!r}")
+        check_count("batch", batch)
         if len(given) not in (1, batch):
             raise ValueError(f"batch: tokens have {len(given)} rows, batch is {batch}")
         given = given.expand(batch, -1)
     length = given.shape[1] if length is None else length
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: must be an integer of at least 1, got {length!r}")
+    check_count("length", length)
     if length > config.length:
         raise ValueError(f"length: {length} is beyond the network's length {config.length}")
     if given.shape[1] > length:
@@ -194,6 +192,40 @@ def row_seeds(seed: int | Sequence[int] | torch.Tensor, batch: int) -> list[int]
     return seeds
 
 
+def check_count(name: str, value: int | None, optional: bool = False) -> None:
+    """ValueError unless value is an integer of at least 1 (or None, if optional)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: must be an integer of at least 1{' or None' if optional else ''}, got {value!r}")
+
+
+def per_row(name: str, value: Option, batch: int, device: torch.device | str = "cpu") -> float | torch.Tensor | None:
+    """A number, or a tensor [batch] on the device; ValueError for other shapes."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    tensor = torch.as_tensor(value)
+    if tensor.shape != (batch,):
+        raise ValueError(f"{name}: must be a number or [batch] = [{batch}], got shape {tuple(tensor.shape)}")
+    return tensor.to(device)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A small array's copy on the device, for which the host does not wait."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def check_drawn(failed: torch.Tensor, what: str) -> None:
+    """RuntimeError if a token is missing anywhere in failed, bool [batch, length]. what: had to say something of it."""
+    missing = failed.nonzero()
+    if len(missing):
+        row, position = missing[0].tolist()
+        raise RuntimeError(
+            f"no token could be drawn at {len(missing)} positions, first at row {row}, position {position}: the {what} "
+            "returned NaN, or infinities. Check the checkpoint and the dtype."
+        )
+
+
 class Run:
     """State of one generation: the clock, the counters, and the drawing of tokens through `unmask_sample`.
 
@@ -220,21 +252,13 @@ class Run:
         self.decode_step = torch.full((self.batch, self.length), -1, dtype=torch.int64)
         self.logprob = torch.zeros(self.batch, self.length, device=self.device) if return_logprob else None
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        options = {name: self._per_row(name, value) for name, value in options.items()}
+        options = {name: per_row(name, value, self.batch, self.device) for name, value in options.items()}
         self.per_row = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
         self.constants = {name: value for name, value in options.items() if name not in self.per_row}
 
-    def _per_row(self, name: str, value: Option) -> float | torch.Tensor | None:
-        if value is None or isinstance(value, (int, float)):
-            return value
-        tensor = torch.as_tensor(value)
-        if tensor.shape != (self.batch,):
-            raise ValueError(f"{name}: must be a number or [batch] = [{self.batch}], got shape {tuple(tensor.shape)}")
-        return tensor.to(self.device)
-
     def on_device(self, values: np.ndarray) -> torch.Tensor:
         """The values on the run's device. Nothing waits for the copy."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return on_device(values, self.device)
 
     def new_cache(self) -> KVCache:
         """A cache for one generation with the network."""
@@ -289,13 +313,7 @@ class Run:
 
     def result(self, tokens: torch.Tensor) -> GenerationResult:
         """The result; call it outside inference mode, so that its tensors are ordinary ones."""
-        failed = (tokens == self.network.config.mask_id).nonzero()
-        if len(failed):
-            row, position = failed[0].tolist()
-            raise RuntimeError(
-                f"no token could be drawn at {len(failed)} positions, first at row {row}, position {position}: the "
-                "network returned NaN, or infinities. Check the checkpoint and the dtype."
-            )
+        check_drawn(tokens == self.network.config.mask_id, "network")
         return GenerationResult(
             tokens=tokens.clone(),
             decode_step=self.decode_step.to(tokens.device, copy=True),
